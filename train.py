@@ -1,0 +1,412 @@
+"""Trains a model to find the path in path-star graphs, and shows whether it learned to plan or to cheat.
+
+Three ways to train (Bachmann & Nagarajan 2024, sections 3 and 6.1), one loop. With a prefix p and a target path 7 3 9:
+
+    teacher forcing (default)   input  p 7 3     to predict  7 3 9     each token from the true ones before it
+    --teacherless               input  p $ $     to predict  7 3 9     each token from the prefix alone
+    --reverse                   input  p 9 3     to predict  9 3 7     the path written from goal to start
+
+Two phases are kept apart in every evaluation: *inference* (`accuracy`, `node_accuracy`), where the model reads its own
+tokens, and the *forced* pass (`forced_accuracy`, `forced_node_accuracy`), where it reads the true ones as in training.
+
+    python train.py --model mamba --teacherless
+    torchrun --standalone --nproc_per_node=2 train.py --model mamba --teacherless
+"""
+import argparse
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import platform
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from data import Flags, datasets, draw_unseen, keys
+
+MODELS = {"gpt": "GPT", "mamba": "Mamba"}  # name: class, in model_<name>.py, with its settings in <class>Config
+MODEL_FLAGS = "n_layer", "n_embd", "n_head", "d_state"
+SOLVED = 0.995                             # the accuracy at which a run stops
+
+
+def make_flags():
+    """-> the parser, which returns the flags that were given and no others; and every flag's default.
+
+    A default that is a dict holds one for each model.
+    """
+    flags, defaults = Flags(__doc__), {}
+
+    def add(name, default, text, **options):
+        if default is False:
+            options["action"] = "store_true"
+        elif "type" not in options:
+            options["type"] = type(next(iter(default.values())) if isinstance(default, dict) else default)
+        shown = ", ".join(f"{model} {value}" for model, value in default.items()) if isinstance(default, dict) else default
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{text} (default: {shown})", **options)
+        defaults[name] = default
+
+    group = flags.add_argument_group("objective")
+    add("teacherless", False, "predict all target tokens from the prefix alone, $ in their place in the input")
+    add("reverse", False, "write the path from goal to start")
+    add("only_first_hop", False, "put the loss on the first hop alone; accuracy is then that of the first hop")
+    group = flags.add_argument_group("task")
+    add("deg", 2, "arms of a graph")
+    add("path_len", 5, "nodes on a path, the start included")
+    add("num_nodes", 10, "names to draw from; with files, by default as many as occur")
+    add("n_train", 20000, "training graphs, or lines of --train_file (all by default); 0: a fresh graph for every example")
+    add("n_test", 1000, "test graphs, or lines of --test_file (all by default)")
+    add("train_file", None, "training graphs in text form", type=str)
+    add("test_file", None, "test graphs in text form", type=str)
+    group = flags.add_argument_group("model")
+    add("model", "gpt", "architecture", choices=MODELS)
+    add("n_layer", {"gpt": 6, "mamba": 3}, "layers")
+    add("n_embd", {"gpt": 64, "mamba": 64}, "width")
+    add("n_head", {"gpt": 4}, "attention heads")
+    add("d_state", {"mamba": 16}, "numbers of state per channel")
+    group = flags.add_argument_group("optimization")
+    add("batch_size", 128, "examples a step, over all processes")
+    add("max_iters", 3000, f"steps at most; a run stops when accuracy reaches {SOLVED}")
+    add("lr", {"gpt": 1e-3, "mamba": 2e-3}, "learning rate after the warm-up")
+    add("weight_decay", 0.01, "AdamW's, on matrices")
+    add("warmup_iters", 100, "steps over which the learning rate rises from 0")
+    group = flags.add_argument_group("run")
+    add("eval_interval", 100, "steps between evaluations")
+    add("seed", 0, "of weights and data")
+    add("device", "auto", "cpu, cuda, ... (auto: cuda where there is one)")
+    add("dtype", "auto", "of the forward pass (auto: bfloat16 where a GPU has it, else float32)",
+        choices=("auto", "float32", "bfloat16", "float16"))
+    add("compile", False, "compile the training step's model with torch.compile")
+    add("out_dir", None, "where log.jsonl and ckpt.pt go, by default out/ and a name made of the flags", type=str)
+    add("resume", False, "go on with the run in out_dir, with the flags recorded there")
+    add("overwrite", False, "start over where out_dir holds a run already")
+    return flags, defaults
+
+
+def model_class(name):
+    module = importlib.import_module(f"model_{name}")
+    return getattr(module, MODELS[name]), getattr(module, MODELS[name] + "Config")
+
+
+def model_fields(name):
+    """-> {flag: field of the model's config} for the flags that this model has."""
+    fields = {field.name for field in dataclasses.fields(model_class(name)[1])}
+    found = {flag: flag for flag in MODEL_FLAGS if flag in fields}
+    return found | {"n_embd": "d_model"} if "d_model" in fields else found
+
+
+def resolve(given, defaults):
+    """The flags that were given, and defaults for the rest. Raises ValueError for a combination that makes no sense."""
+    name = given.get("model", defaults["model"])
+    config = {flag: d.get(name, next(iter(d.values()))) if isinstance(d, dict) else d for flag, d in defaults.items()}
+    for flag in set(MODEL_FLAGS) - set(model_fields(name)):
+        if flag in given:
+            raise ValueError(f"--{flag} is not a setting of --model {name}, which has --" + " --".join(model_fields(name)))
+        config[flag] = None
+    for file, number in (("train_file", "n_train"), ("test_file", "n_test")):
+        if file in given:
+            config.update({number: None, "deg": None, "path_len": None, "num_nodes": None})
+    config.update(given)
+    for flag in ("n_layer", "n_embd", "n_head", "d_state", "n_test", "batch_size", "max_iters", "eval_interval", "lr"):
+        if config[flag] is not None and not config[flag] > 0:
+            raise ValueError(f"--{flag} must be positive, got {config[flag]}")
+    for flag in ("n_train", "weight_decay", "warmup_iters", "seed"):
+        if config[flag] is not None and not config[flag] >= 0:
+            raise ValueError(f"--{flag} must not be negative, got {config[flag]}")
+    if config["only_first_hop"] and (config["teacherless"] or config["reverse"]):
+        raise ValueError("--only_first_hop predicts one token, from the prefix and the start: it goes neither with "
+                         "--teacherless (nothing is fed in that could be hidden) nor with --reverse (the hop comes last)")
+    if config["train_file"] and config["n_train"] == 0:
+        raise ValueError("--n_train 0 draws a fresh graph for every example: leave --train_file away, or ask for more")
+    return config
+
+
+def out_dir_of(config):
+    objective = "-".join(o for o in ("teacherless", "reverse", "only_first_hop") if config[o]) or "teacher_forced"
+    graph = f"deg{config['deg']}-len{config['path_len']}-names{config['num_nodes']}"
+    return os.path.join("out", f"{config['model']}-{objective}-{graph}-seed{config['seed']}")
+
+
+def build_model(config, star):
+    cls, Config = model_class(config["model"])
+    settings = {field: config[flag] for flag, field in model_fields(config["model"]).items()}
+    if "block_size" in {field.name for field in dataclasses.fields(Config)}:
+        settings["block_size"] = star.prefix_len + star.path_len
+    return cls(Config(vocab_size=star.vocab_size, **settings))
+
+
+def load_checkpoint(file):
+    """What train.py saved. Raises OSError where there is no file and ValueError where it is something else."""
+    with open(file, "rb"):
+        try:
+            ckpt = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{file} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(ckpt, dict) or not {"model", "config", "optimizer", "iter"} <= ckpt.keys():
+        raise ValueError(f"{file} is not a checkpoint of train.py: it should hold model, config, optimizer and iter")
+    return ckpt
+
+
+def save(ckpt, file):
+    torch.save(ckpt, file + ".tmp")        # never half a checkpoint: the old one stays until the new one is whole
+    os.replace(file + ".tmp", file)
+
+
+# ------------------------------------------------------------------------------------------- objectives, evaluation
+
+def prompts_and_targets(config, prefixes, paths):
+    """The tokens that inference starts from (n, prompt_len), and those to be written after them (n, target_len)."""
+    prefixes, paths = torch.from_numpy(prefixes), torch.from_numpy(paths)
+    if config["only_first_hop"]:
+        return torch.cat([prefixes, paths[:, :1]], dim=1), paths[:, 1:2]
+    return prefixes, paths.flip(1) if config["reverse"] else paths
+
+
+def model_input(prompts, targets, dollar=None):
+    """The prompts and, behind them, the targets but the last: the true ones (teacher forcing), or `dollar` in their place."""
+    fed = targets[:, :-1] if dollar is None else torch.full_like(targets[:, :-1], dollar)
+    return torch.cat([prompts, fed], dim=1)
+
+
+def loss_targets(prompts, targets):
+    """What each position of the input is to predict: -1, nothing, within the prompt."""
+    nothing = torch.full_like(prompts[:, 1:], -1)
+    return torch.cat([nothing, targets], dim=1)
+
+
+@torch.no_grad()
+def predict(model, prompts, targets, dollar):
+    """-> two (n, target_len) tensors of predicted tokens: by the model's own inference, and forced.
+
+    Inference sees the prompts only: greedy and one token at a time, or, where dollar is not None (teacherless), all tokens
+    in one pass. The forced pass sees the true tokens before each one; it is None where nothing is fed in.
+    """
+    def parallel(idx):
+        logits, _ = model(idx, all_logits=True)
+        return logits[:, prompts.size(1) - 1:].argmax(dim=2)
+
+    if dollar is not None:
+        return parallel(model_input(prompts, targets, dollar)), None
+    n = targets.size(1)
+    return model.generate(prompts, n)[:, -n:], parallel(model_input(prompts, targets))
+
+
+def evaluate(model, prompts, targets, dollar, rank=0, world=1, at_once=1000):
+    """Shares of right answers -> accuracy, node_accuracy, forced_accuracy, forced_node_accuracy; forced ones may be None."""
+    counts = []                            # for each phase: answers right as a whole, then right at each token
+    for i in range(rank * at_once, len(prompts), world * at_once):
+        part = slice(i, i + at_once)
+        phases = predict(model, prompts[part], targets[part], dollar)
+        right = torch.stack([tokens == targets[part] for tokens in phases if tokens is not None])
+        counts.append(torch.cat([right.all(dim=2, keepdim=True), right], dim=2).sum(dim=1))
+    total = sum(counts) if counts else torch.zeros(1 if dollar is not None else 2, 1 + targets.size(1), dtype=torch.int64,
+                                                   device=prompts.device)
+    if world > 1:
+        dist.all_reduce(total)
+    shares = (total.double() / len(prompts)).tolist() + [[None]]
+    return {"accuracy": shares[0][0], "node_accuracy": shares[0][1:],
+            "forced_accuracy": shares[1][0], "forced_node_accuracy": shares[1][1:] or None}
+
+
+def verdict(result, config):
+    """One sentence on what an evaluation shows."""
+    accuracy, chance, forced = result["accuracy"], 1 / config["deg"], result["forced_node_accuracy"]
+    seen = f"accuracy {accuracy:.1%}, where guessing an arm gives {chance:.1%}"
+    what = "the first hop" if config["only_first_hop"] else "the path"
+    margin = 4 * (chance * (1 - chance) / config["n_test"]) ** 0.5 + 0.02
+    if accuracy >= 0.99:
+        return f"{seen}: solved, the model finds {what}."
+    if config["only_first_hop"] and abs(accuracy - chance) < margin:
+        return f"{seen}: the first hop alone is not learned, the model guesses (the indecipherable token)."
+    if forced and len(forced) > 2 and not config["reverse"] and min(forced[2:]) >= 0.99 and abs(forced[1] - chance) < margin:
+        return (f"{seen}: the Clever Hans cheat. Given the true nodes before, every later node is right "
+                f"({min(forced[2:]):.1%} or more), but the first hop is a guess ({forced[1]:.1%}).")
+    return f"{seen}: neither solved nor the cheat; not trained enough to tell."
+
+
+# ------------------------------------------------------------------------------------------- the loop
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    return torch.from_numpy(np.random.default_rng([seed, 2, epoch]).permutation(n))
+
+
+def batch_indices(n, config, it):
+    """Which of n training graphs step `it` sees: an endless row of shuffled epochs, a function of the step alone."""
+    position, left, parts = it * config["batch_size"], config["batch_size"], []
+    while left:
+        epoch, offset = divmod(position, n)
+        parts.append(epoch_order(n, config["seed"], epoch)[offset:offset + left])
+        position, left = position + len(parts[-1]), left - len(parts[-1])
+    return torch.cat(parts)
+
+
+def make_optimizer(model, config, device):
+    decayed, other = [], []
+    for p in model.parameters():
+        (decayed if p.dim() >= 2 and not getattr(p, "_no_weight_decay", False) else other).append(p)
+    groups = [{"params": decayed, "weight_decay": config["weight_decay"]}, {"params": other, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config["lr"], fused=device.type == "cuda")
+
+
+def setup(given, defaults):
+    """Everything that can be wrong, before anything is written -> config, checkpoint or None, data, model, device, dtype."""
+    config = resolve(given, defaults)
+    ckpt = None
+    if config["resume"]:
+        ckpt = load_checkpoint(os.path.join(config["out_dir"] or out_dir_of(config), "ckpt.pt"))
+        for flag in given.keys() - {"resume", "out_dir"}:
+            if given[flag] != ckpt["config"].get(flag):
+                raise ValueError(f"--{flag} {given[flag]} contradicts the run to resume, which has {ckpt['config'].get(flag)}")
+        config = ckpt["config"] | {"out_dir": config["out_dir"] or out_dir_of(config), "resume": True}
+    star, train, test, warnings = datasets(**{name: config[name] for name in (
+        "deg", "path_len", "num_nodes", "n_train", "n_test", "seed", "train_file", "test_file")})
+    config.update(deg=star.deg, path_len=star.path_len, num_nodes=star.num_nodes, n_train=len(train[0]), n_test=len(test[0]))
+    config["out_dir"] = config["out_dir"] or out_dir_of(config)
+    held = [file for file in ("log.jsonl", "ckpt.pt") if os.path.exists(os.path.join(config["out_dir"], file))]
+    if held and not config["resume"] and not config["overwrite"]:
+        raise ValueError(f"{config['out_dir']} holds a run already: --resume goes on with it, --overwrite starts over")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if config["batch_size"] % world:
+        raise ValueError(f"--batch_size {config['batch_size']} must be a multiple of the {world} processes")
+    name = config["device"] if config["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    dtype = getattr(torch, config["dtype"] if config["dtype"] != "auto" else "bfloat16" if bf16 else "float32")
+    if dtype == torch.float16 and device.type != "cuda":
+        raise ValueError("--dtype float16 needs a GPU: use float32 or bfloat16")
+    torch.manual_seed(config["seed"])
+    model = build_model(config, star)
+    if ckpt:
+        model.load_state_dict(ckpt["model"])
+    return config, ckpt, star, train, test, warnings, model.to(device), device, dtype
+
+
+def open_log(config, ckpt, device):
+    """The log, ready for the next line: new, with the header; or resumed, cut back to what the checkpoint knows."""
+    file = os.path.join(config["out_dir"], "log.jsonl")
+    if ckpt:
+        with open(file) as f:
+            header, *lines = f.read().splitlines()
+        lines = [header] + [line for line in lines if json.loads(line)["iter"] <= ckpt["iter"]]
+    else:
+        os.makedirs(config["out_dir"], exist_ok=True)
+        gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+        lines = [json.dumps({"config": config,
+                             "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                                          "numpy": np.__version__},
+                             "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads{gpu}"})]
+    log = open(file, "w")
+    log.write("".join(line + "\n" for line in lines))
+    return log
+
+
+def main():
+    flags, defaults = make_flags()
+    try:
+        config, ckpt, star, train, test, warnings, model, device, dtype = setup(vars(flags.parse_args()), defaults)
+    except (ValueError, OSError) as error:
+        flags.error(str(error))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def say(*words):
+        if rank == 0:
+            print(*words, flush=True)
+
+    for warning in warnings:
+        say("warning:", warning)
+    dollar = star.dollar if config["teacherless"] else None
+    test_prompts, test_targets = (x.to(device) for x in prompts_and_targets(config, *test))
+    unseen = set(keys(test[0]))                                      # fresh training graphs must not be test graphs
+    if config["n_train"]:                                            # a fixed set is tokenized once and stays on the device
+        prompts, targets = prompts_and_targets(config, *train)
+        inputs, wanted = model_input(prompts, targets, dollar).to(device), loss_targets(prompts, targets).to(device)
+
+    def batch(it):
+        """The inputs and targets (B, T) of step `it`, this process's share of them."""
+        if config["n_train"]:
+            index = batch_indices(len(inputs), config, it)[rank::world].to(device)
+            return inputs[index], wanted[index]
+        rng = np.random.default_rng([config["seed"], 2, it])
+        prompts, targets = prompts_and_targets(config, *draw_unseen(star, config["batch_size"], rng, unseen, distinct=False))
+        return (x[rank::world].to(device) for x in (model_input(prompts, targets, dollar), loss_targets(prompts, targets)))
+
+    optimizer = make_optimizer(model, config, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    start, elapsed = 0, 0.0
+    if ckpt:
+        optimizer.load_state_dict(ckpt["optimizer"])
+        scaler.load_state_dict(ckpt["scaler"])
+        start, elapsed = ckpt["iter"], ckpt["elapsed_s"]
+    log = open_log(config, ckpt, device) if rank == 0 else None
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    step_model = torch.compile(model) if config["compile"] else model
+    if world > 1:
+        step_model = DistributedDataParallel(step_model)
+    say(f"{config['model']}, {sum(p.numel() for p in model.parameters()):,} parameters, {star}, {device}, "
+        f"{dtype}".replace("torch.", ""), "->", config["out_dir"])
+
+    loss_sum, losses, began, result = torch.zeros((), device=device), 0, time.time() - elapsed, ckpt and ckpt["result"]
+    for it in range(start, config["max_iters"] + 1):
+        lr = config["lr"] * min(1.0, (it + 1) / (config["warmup_iters"] + 1))
+        if (it % config["eval_interval"] == 0 or it == config["max_iters"]) and not (ckpt and it == start):
+            with autocast:
+                result = evaluate(model, test_prompts, test_targets, dollar, rank, world)
+            if world > 1:
+                dist.all_reduce(loss_sum)
+            elapsed = time.time() - began
+            line = {"iter": it, "examples": it * config["batch_size"], "elapsed_s": round(elapsed, 2),
+                    "train_loss": loss_sum.item() / (losses * world) if losses else None, "lr": lr, **result}
+            if rank == 0:
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                save({"model": model.state_dict(), "config": config, "optimizer": optimizer.state_dict(),
+                      "scaler": scaler.state_dict(), "iter": it, "elapsed_s": elapsed, "result": result},
+                     os.path.join(config["out_dir"], "ckpt.pt"))
+                say(report(line, config, (config["max_iters"] - it) * elapsed / it if it else None))
+            loss_sum.zero_()
+            losses = 0
+        if it == config["max_iters"] or result["accuracy"] >= SOLVED:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with autocast:
+            _, loss = step_model(*batch(it))
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        loss_sum += loss.detach()
+        losses += 1
+    say(verdict(result, config))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def report(line, config, left):
+    """A log line to read."""
+    def percent(shares):
+        return " ".join(f"{100 * share:.0f}" for share in shares)
+    loss = "" if line["train_loss"] is None else f" | loss {line['train_loss']:.4f}"
+    forced = "" if line["forced_node_accuracy"] is None else f" | forced {percent(line['forced_node_accuracy'])}"
+    time_left = "" if left is None else f" | {left // 60:.0f}:{left % 60:02.0f} left"
+    return (f"iter {line['iter']:5}{loss} | accuracy {line['accuracy']:6.1%} (guessing: {1 / config['deg']:.0%}) | "
+            f"nodes {percent(line['node_accuracy'])}{forced}{time_left}")
+
+
+if __name__ == "__main__":
+    main()
