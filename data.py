@@ -99,6 +99,15 @@ def assemble(star, tails, heads, paths):
 LINE = re.compile("(a,a(?:[|]a,a)*)/(a),(a)=(a(?:,a)*)?".replace("a", "[0-9]{1,9}"))
 
 
+def walk_arms(edges, start):
+    """The arms of a graph with these edges [(a, b), ...] -> a list of arms, each the list of its nodes from the start on."""
+    arms, after = [[start, b] for a, b in edges if a == start], {a: b for a, b in edges if a != start}
+    for arm in arms:
+        while arm[-1] in after:
+            arm.append(after.pop(arm[-1]))
+    return arms
+
+
 def parse_line(line):
     """A graph in text form, its path left out or not -> its edges [(a, b), ...] and its path [start, ..., goal].
 
@@ -109,26 +118,21 @@ def parse_line(line):
         raise ValueError(f"{line[:60]!r} is not of the form a,b|c,d|.../start,goal=start,...,goal")
     edges = [tuple(map(int, edge.split(","))) for edge in match[1].split("|")]
     start, goal = int(match[2]), int(match[3])
-    arms, after = [[start, b] for a, b in edges if a == start], {a: b for a, b in edges if a != start}
-    entered = [b for a, b in edges]
+    entered = [start] + [b for _, b in edges]
+    arms = walk_arms(edges, start)
     if not arms:
-        raise ValueError(f"no edge leaves the start {start}")
-    if len(set(entered)) < len(entered) or start in entered:
-        raise ValueError(f"not a star: node {next(b for b in entered if entered.count(b) > 1 or b == start)} is repeated")
-    if len(after) + len(arms) < len(edges):
-        raise ValueError("not a star: two edges leave a node that is not the start")
-    for arm in arms:                     # ends: no node is entered twice and the start never, so no walk meets a circle
-        while arm[-1] in after:
-            arm.append(after[arm[-1]])
+        raise ValueError(f"not a star: no edge leaves the start {start}")
+    if len(set(entered)) < len(entered):
+        raise ValueError(f"not a star: node {max(entered, key=entered.count)} is repeated")
+    if sum(len(arm) - 1 for arm in arms) < len(edges):
+        raise ValueError("not a star: some edges are on no arm")
     if len({len(arm) for arm in arms}) > 1:
         raise ValueError("not a star: its arms differ in length")
-    if sum(len(arm) - 1 for arm in arms) < len(edges):
-        raise ValueError("not a star: some edges hang together with no arm")
     path = next((arm for arm in arms if arm[-1] == goal), None)
     if path is None:
         raise ValueError(f"the goal {goal} is not the end of an arm")
     if match[4] is not None and [int(node) for node in match[4].split(",")] != path:
-        raise ValueError(f"the path {match[4]} is not the arm from {start} to {goal}")
+        raise ValueError(f"the path {match[4]} is not in the graph as the arm from {start} to {goal}")
     return edges, path
 
 

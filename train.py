@@ -179,37 +179,32 @@ def loss_targets(prompts, targets):
 
 
 @torch.no_grad()
-def predict(model, prompts, targets, dollar):
+def predict(model, prompts, targets, dollar, at_once=1000):
     """-> two (n, target_len) tensors of predicted tokens: by the model's own inference, and forced.
 
     Inference sees the prompts only: greedy and one token at a time, or, where dollar is not None (teacherless), all tokens
     in one pass. The forced pass sees the true tokens before each one; it is None where nothing is fed in.
     """
-    def parallel(idx):
-        logits, _ = model(idx, all_logits=True)
-        return logits[:, prompts.size(1) - 1:].argmax(dim=2)
+    def in_one_pass(inputs):
+        return model(inputs, all_logits=True)[0][:, prompts.size(1) - 1:].argmax(dim=2)
 
-    if dollar is not None:
-        return parallel(model_input(prompts, targets, dollar)), None
-    n = targets.size(1)
-    return model.generate(prompts, n)[:, -n:], parallel(model_input(prompts, targets))
+    own, forced = [], []
+    for prompt, target in zip(prompts.split(at_once), targets.split(at_once)):
+        if dollar is not None:
+            own.append(in_one_pass(model_input(prompt, target, dollar)))
+        else:
+            own.append(model.generate(prompt, target.size(1))[:, prompt.size(1):])
+            forced.append(in_one_pass(model_input(prompt, target)))
+    return torch.cat(own), torch.cat(forced) if forced else None
 
 
-def evaluate(model, prompts, targets, dollar, rank=0, world=1, at_once=1000):
-    """Shares of right answers -> accuracy, node_accuracy, forced_accuracy, forced_node_accuracy; forced ones may be None."""
-    counts = []                            # for each phase: answers right as a whole, then right at each token
-    for i in range(rank * at_once, len(prompts), world * at_once):
-        part = slice(i, i + at_once)
-        phases = predict(model, prompts[part], targets[part], dollar)
-        right = torch.stack([tokens == targets[part] for tokens in phases if tokens is not None])
-        counts.append(torch.cat([right.all(dim=2, keepdim=True), right], dim=2).sum(dim=1))
-    total = sum(counts) if counts else torch.zeros(1 if dollar is not None else 2, 1 + targets.size(1), dtype=torch.int64,
-                                                   device=prompts.device)
-    if world > 1:
-        dist.all_reduce(total)
-    shares = (total.double() / len(prompts)).tolist() + [[None]]
-    return {"accuracy": shares[0][0], "node_accuracy": shares[0][1:],
-            "forced_accuracy": shares[1][0], "forced_node_accuracy": shares[1][1:] or None}
+def summary(own, forced, targets):
+    """The shares of right answers (whole, and token by token) among what `predict` returned."""
+    shares = []
+    for right in (own == targets, None if forced is None else forced == targets):
+        shares += [None, None] if right is None else [right.all(dim=1).double().mean().item(),
+                                                      right.double().mean(dim=0).tolist()]
+    return dict(zip(("accuracy", "node_accuracy", "forced_accuracy", "forced_node_accuracy"), shares))
 
 
 def verdict(result, config):
@@ -362,10 +357,13 @@ def main():
     for it in range(start, config["max_iters"] + 1):
         lr = config["lr"] * min(1.0, (it + 1) / (config["warmup_iters"] + 1))
         if (it % config["eval_interval"] == 0 or it == config["max_iters"]) and not (ckpt and it == start):
-            with autocast:
-                result = evaluate(model, test_prompts, test_targets, dollar, rank, world)
+            if rank == 0:
+                with autocast:
+                    result = summary(*predict(model, test_prompts, test_targets, dollar), test_targets)
             if world > 1:
                 dist.all_reduce(loss_sum)
+                dist.broadcast_object_list(shared := [result])
+                result = shared[0]
             elapsed = time.time() - began
             line = {"iter": it, "examples": it * config["batch_size"], "elapsed_s": round(elapsed, 2),
                     "train_loss": loss_sum.item() / (losses * world) if losses else None, "lr": lr, **result}
