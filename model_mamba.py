@@ -72,7 +72,7 @@ class MambaBlock(nn.Module):
         u = F.silu(u)
         dt, B, C = self.x_proj(u.transpose(1, 2)).split(self.sizes, dim=2)          # (B, L, dt_rank), (B, L, d_state) x 2
         delta = F.linear(dt, self.dt_proj.weight).transpose(1, 2)                   # its bias is added in the scan
-        B, C, A = B.transpose(1, 2), C.transpose(1, 2), -torch.exp(self.A_log.float())
+        B, C, A = B.transpose(1, 2), C.transpose(1, 2), -torch.exp(self.A_log)
         if cache:
             y, state = step(u, delta, A, B, C, self.D, z, self.dt_proj.bias, cache["ssm"])
         else:
@@ -108,7 +108,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-5)
+        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-5)
 
 
 class Layer(nn.Module):

@@ -1,0 +1,766 @@
+"""The tests: pytest, on a machine without a GPU. Triton kernels run in Triton's interpreter."""
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import sample
+import scan_kernel
+import train
+from data import PathStar
+from model_gpt import GPT, GPTConfig, attention, fused_attention
+from model_mamba import Mamba, MambaConfig
+from scan_kernel import selective_scan, selective_scan_cpu, selective_scan_ref, selective_scan_triton
+
+HERE = Path(__file__).parent
+STAR = PathStar(2, 5, 50)
+LINE = "32,3|16,12|3,19|32,34|34,6|6,16|19,47|47,28/32,12=32,34,6,16,12"
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def run(script, *flags, cwd=HERE, env=None):
+    return subprocess.run([sys.executable, str(HERE / script), *map(str, flags)], cwd=cwd, text=True, capture_output=True,
+                          stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
+
+
+def fails(script, *flags, says, cwd=HERE):
+    """The script refuses: exit code 2, one line on stderr that says why, nothing printed."""
+    result = run(script, *flags, cwd=cwd)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and says in result.stderr, result.stderr
+
+
+# data.py
+
+def test_the_papers_example_in_tokens():
+    """FACTS of the paper's code: node k is k, | is N, = is N + 1, / is N + 2; commas are not tokens."""
+    edges, path = data.parse_line(LINE)
+    edges, paths = np.array([edges]), np.array([path])
+    prefixes = data.assemble(STAR, edges[:, :, 0], edges[:, :, 1], paths)
+    assert prefixes[0].tolist() == [32, 3, 50, 16, 12, 50, 3, 19, 50, 32, 34, 50, 34, 6, 50, 6, 16, 50, 19, 47, 50, 47, 28,
+                                    52, 32, 12, 51]
+    assert paths[0].tolist() == [32, 34, 6, 16, 12]
+    assert STAR.prefix_len == 27 and STAR.dollar == 53 and STAR.vocab_size == 54
+    assert list(data.text(STAR, prefixes, paths)) == [LINE]
+    assert list(data.text(STAR, prefixes)) == [LINE.split("=")[0] + "="]
+
+
+@pytest.mark.parametrize("sizes", [(2, 5, 50), (1, 2, 2), (5, 3, 11), (3, 2, 200)])
+def test_drawn_graphs_are_path_stars(sizes, tmp_path):
+    star, file = PathStar(*sizes), tmp_path / "graphs.txt"
+    prefixes, paths = data.draw(star, 500, rng())
+    file.write_text("".join(line + "\n" for line in data.text(star, prefixes, paths)))
+    edges, read = data.read_graphs(file, num_nodes=star.num_nodes)   # refuses anything but a path-star graph
+    assert (data.assemble(star, edges[:, :, 0], edges[:, :, 1], read) == prefixes).all() and (read == paths).all()
+    assert edges.shape == (500, star.n_edges, 2) and paths.shape == (500, star.path_len)
+
+
+def test_draws_are_uniform():
+    """Names, the goal's arm and the order of the edges: chi-square tests, each failing once in about 10^5 seeds."""
+    star, n = PathStar(2, 3, 6), 60_000
+    prefixes, paths = data.draw(star, n, rng(1))
+
+    def uniform(values, kinds):
+        counts = np.bincount(values, minlength=kinds)
+        assert len(counts) == kinds
+        chi2 = ((counts - n / kinds) ** 2 / (n / kinds)).sum()
+        assert chi2 < (kinds - 1) + 4.5 * math.sqrt(2 * (kinds - 1)) + 10
+
+    for column in (*paths.T, prefixes[:, 0], prefixes[:, 4]):
+        uniform(column, 6)
+    # a graph, seen as the position of the goal's two edges and of the other arm's two: 4! orders
+    first = [np.argmax((prefixes[:, 0:-3:3] == paths[:, [i]]) & (prefixes[:, 1:-3:3] == paths[:, [i + 1]]), axis=1) for i in (0, 1)]
+    uniform(first[0] * 4 + first[1] - (first[0] * 4 + first[1]) // 5 - 1, 12)
+    # pairs of names, so that they are independent too: 30 ordered pairs of different ones
+    a, b = paths[:, 0], paths[:, 2]
+    uniform(a * 5 + b - (b > a), 30)
+
+
+def test_same_seed_same_bytes():
+    command = "--deg", 2, "--path_len", 5, "--num_nodes", 50, "-n", 3, "--seed"
+    first = run("data.py", *command, 0).stdout
+    assert first == run("data.py", *command, 0).stdout != run("data.py", *command, 1).stdout
+    assert len(first.splitlines()) == 3
+
+
+def test_train_and_test_share_no_prefix():
+    star, (train_prefixes, _), (test_prefixes, _), _ = data.datasets(2, 2, 4, 40, 8)
+    assert star.count() == 48                                        # all of this space is used, each graph once
+    assert len(set(data.keys(train_prefixes)) | set(data.keys(test_prefixes))) == 48
+    fresh, _ = data.draw_unseen(star, 1000, rng(), set(data.keys(test_prefixes)), distinct=False)
+    assert not set(data.keys(fresh)) & set(data.keys(test_prefixes)) and len(set(data.keys(fresh))) == 40
+    again, other = data.datasets(2, 2, 4, 40, 8), data.datasets(2, 2, 4, 40, 8, seed=1)
+    assert (again[1][0] == train_prefixes).all() and (other[1][0] != train_prefixes).any()
+    for n_train, n_test in ((41, 8), (0, 48)):
+        with pytest.raises(ValueError, match="only 48 different graphs"):
+            data.datasets(2, 2, 4, n_train, n_test)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 4), (1, 3, 4), (3, 2, 4), (2, 3, 5)])
+def test_count_of_graphs(sizes):
+    star = PathStar(*sizes)
+    assert len(set(data.keys(data.draw(star, 40 * star.count(), rng())[0]))) == star.count()
+
+
+def test_files_and_what_they_determine(tmp_path):
+    for name, n, seed in (("train", 30, 1), ("test", 10, 2)):
+        lines = list(data.text(STAR, *data.draw(STAR, n, rng(seed))))
+        (tmp_path / name).write_text("\n".join(lines + lines[:2] if name == "train" else lines + [LINE]))
+    with open(tmp_path / "train", "a") as f:
+        f.write("\r\n" + LINE + "\r\n")
+    star, (p, _), (q, _), warnings = data.datasets(train_file=tmp_path / "train", test_file=tmp_path / "test")
+    assert (star.deg, star.path_len, star.num_nodes) == (2, 5, 50) and (len(p), len(q)) == (33, 11)
+    assert warnings == ["2 lines of the train file repeat a graph", "1 of the 11 test graphs occur in the training file too"]
+    star, (p, _), (q, _), warnings = data.datasets(train_file=tmp_path / "train", n_train=5, n_test=7, num_nodes=60)
+    assert (star.num_nodes, len(p), len(q), warnings) == (60, 5, 7, [])
+    assert list(data.text(star, p[:1])) == [(tmp_path / "train").read_text().split("=")[0] + "="]
+
+
+@pytest.mark.parametrize("line, says", [
+    ("32,3|16,12", "not of the form"), ("", "not of the form"), (LINE.replace(",", ";"), "not of the form"),
+    (LINE + ",", "not of the form"), (LINE.replace("32,3", "x,3"), "not of the form"),
+    (LINE.replace("32", "9" * 5000), "not of the form"),
+    (LINE.replace("/32,12=32", "/9,12=9"), "no edge leaves the start 9"),
+    (LINE.replace("47,28", "47,16"), "node 16 is repeated"), (LINE.replace("47,28", "47,32"), "node 32 is repeated"),
+    (LINE.replace("47,28", "46,28"), "some edges are on no arm"), (LINE.replace("47,28", "19,28"), "some edges are on no arm"),
+    ("0,1|0,2|2,3/0,3=0,2,3", "arms differ in length"),
+    (LINE.replace("/32,12", "/32,16"), "the goal 16 is not the end of an arm"),
+    (LINE.replace("=32,34", "=32,3"), "path 32,3,6,16,12 is not in the graph"),
+    (LINE.replace("=32,34,6,16,12", "="), "the path is missing"),
+    ("0,1|2,3|1,4|0,2/0,4=0,1,4", "deg 2 and path_len 3, but the lines before have 2 and 5"),
+    (LINE.replace("28", "60"), "node 60 is out of range")])
+def test_malformed_lines(line, says, tmp_path):
+    file = tmp_path / "graphs.txt"
+    file.write_text(f"{LINE}\n{line}\n{LINE}\n")
+    with pytest.raises(ValueError) as error:
+        data.read_graphs(file, num_nodes=60)
+    assert says in str(error.value) and f"{file}, line 2: " in str(error.value)
+
+
+def test_files_that_are_no_data(tmp_path):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    (tmp_path / "one").write_text(LINE)
+    for name, limit, says in (("empty", None, "is empty"), ("binary", None, "line 1"), ("one", 2, "has 1 graphs")):
+        with pytest.raises(ValueError, match=says):
+            data.read_graphs(tmp_path / name, limit)
+    with pytest.raises(ValueError, match="not deg 3"):
+        data.datasets(deg=3, n_test=1, train_file=tmp_path / "one")
+
+
+# scan_kernel.py
+
+NAMES = "u delta A B C D z delta_bias".split()
+
+
+def scan_inputs(batch, seqlen, dim, dstate, dtype=torch.float32, without=(), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    u, B, vector = (batch, dim, seqlen), (batch, dstate, seqlen), (dim,)
+    inputs = [torch.randn(shape, generator=generator) for shape in (u, u, (dim, dstate), B, B, vector, u, vector)]
+    inputs[2] = -inputs[2].abs() * 2
+    per_token = {"u", "delta", "B", "C", "z"}
+    return [None if name in without else x.to(dtype if name in per_token else max(dtype, torch.float32, key=lambda d: d.itemsize))
+            .requires_grad_() for name, x in zip(NAMES, inputs)]
+
+
+def passes(scan, inputs, softplus=True):
+    """-> {what: tensor}: out, last state, and the gradient of each input through a weighted sum of out."""
+    out, last = scan(*inputs, delta_softplus=softplus, return_last_state=True)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+    given = [(name, x) for name, x in zip(NAMES, inputs) if x is not None]
+    grads = torch.autograd.grad((out.double() * weight).sum(), [x for _, x in given])
+    return {"out": out, "last": last} | {name: grad for (name, _), grad in zip(given, grads)}
+
+
+def assert_matches(scan, inputs, softplus=True, tolerance=2e-5):
+    exact = passes(selective_scan_ref, [x if x is None else x.detach().double().requires_grad_() for x in inputs], softplus)
+    for name, x in passes(scan, inputs, softplus).items():
+        scale = exact[name].abs().max().clamp(min=1e-3)
+        assert x.shape == exact[name].shape
+        assert (x.double() - exact[name]).abs().max() <= tolerance * scale, name
+
+
+def loop(u, delta, A, B, C, D, z, delta_bias):
+    """The recurrence in NumPy, number by number."""
+    u, delta, A, B, C, D, z, delta_bias = (x.detach().double().numpy() for x in (u, delta, A, B, C, D, z, delta_bias))
+    out = np.zeros(u.shape)
+    h = np.zeros((u.shape[0], *A.shape))
+    for b, d, t in np.ndindex(*u.shape):
+        dt = math.log1p(math.exp(delta[b, d, t] + delta_bias[d]))
+        for n in range(A.shape[1]):
+            h[b, d, n] = math.exp(dt * A[d, n]) * h[b, d, n] + dt * B[b, n, t] * u[b, d, t]
+        y = sum(C[b, n, t] * h[b, d, n] for n in range(A.shape[1])) + D[d] * u[b, d, t]
+        out[b, d, t] = y * z[b, d, t] / (1 + math.exp(-z[b, d, t]))
+    return torch.from_numpy(out), torch.from_numpy(h)
+
+
+def test_reference_is_the_recurrence():
+    inputs = scan_inputs(2, 7, 3, 4, torch.float64)
+    for ours, theirs in zip(selective_scan_ref(*inputs, delta_softplus=True, return_last_state=True), loop(*inputs)):
+        torch.testing.assert_close(ours, theirs)
+
+
+SIZES = [(2, 1, 3, 1), (1, 2, 70, 5), (3, 3, 5, 8), (2, 31, 66, 16), (1, 257, 3, 5)]
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("piece", [scan_kernel.PIECE, 300])          # as it is; and in pieces of batch, and of time
+def test_cpu_scan(size, piece, monkeypatch):
+    monkeypatch.setattr(scan_kernel, "PIECE", piece)
+    assert_matches(selective_scan_cpu, scan_inputs(*size))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_triton_scan(size):
+    assert_matches(selective_scan_triton, scan_inputs(*size))
+
+
+@pytest.mark.parametrize("scan", [selective_scan_cpu, selective_scan_triton])
+@pytest.mark.parametrize("without, softplus", [(("D",), True), (("z",), True), (("delta_bias",), True), (("D", "z"), False),
+                                               ((), False), (("D", "z", "delta_bias"), False)])
+def test_optional_arguments(scan, without, softplus):
+    inputs = scan_inputs(2, 9, 6, 3, without=without)
+    if not softplus:                                                 # dt must not be negative
+        with torch.no_grad():
+            inputs[1].abs_()
+            if inputs[7] is not None:
+                inputs[7].abs_()
+    assert_matches(scan, inputs, softplus)
+
+
+@pytest.mark.parametrize("scan", [selective_scan_cpu, selective_scan_triton])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+def test_dtypes(scan, dtype, tolerance):
+    """Half precision is compared to the float64 scan of the same rounded inputs: what is left is the rounding of results.
+    The interpreter truncates to bfloat16 where the chip rounds: one unit in the last place, 2^-7."""
+    inputs = scan_inputs(2, 9, 6, 5, dtype)
+    out, last = scan(*inputs, delta_softplus=True, return_last_state=True)
+    assert out.dtype == dtype and last.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    assert not last.requires_grad
+    assert_matches(scan, inputs, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("scan", [selective_scan_cpu, selective_scan_triton])
+def test_strides(scan):
+    """Views: time running slower than channels, every second channel, expanded."""
+    inputs = scan_inputs(2, 6, 5, 3)
+    views = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() if x.dim() == 3 else x for x in inputs]
+    views[0] = torch.stack([inputs[0], inputs[0]], dim=2).flatten(1, 2)[:, ::2].detach().requires_grad_()
+    views[2] = inputs[2].detach().t().contiguous().t().requires_grad_()
+    views[5] = torch.stack([inputs[5], inputs[5]], dim=1)[:, 0].detach().requires_grad_()
+    for x, y in zip(passes(scan, inputs).values(), passes(scan, views).values()):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+    u = inputs[0].detach()[:1].expand(2, -1, -1)
+    torch.testing.assert_close(scan(u, *inputs[1:]), scan(u.clone(), *inputs[1:]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scan", [selective_scan_cpu, selective_scan_triton])
+def test_extremes(scan):
+    """Steps of 0, and steps so large that exp(dt A) is 0: finite, and right."""
+    inputs = scan_inputs(1, 12, 4, 3)
+    with torch.no_grad():
+        inputs[1][:, :, 3:6], inputs[1][:, :, 7:9] = -200.0, 300.0
+        inputs[2] *= 50
+    assert_matches(scan, inputs)
+    empty = scan(*(x[:0] if x.dim() == 3 else x for x in inputs), delta_softplus=True)
+    assert empty.shape == (0, 4, 12)
+
+
+def test_gradients_by_finite_differences():
+    torch.autograd.gradcheck(lambda *x: selective_scan_cpu(*x, delta_softplus=True), scan_inputs(2, 5, 3, 2, torch.float64))
+
+
+def test_scan_remembers_chunk_states_only():
+    """What is saved for the backward pass besides the inputs stays far below (batch, dim, seqlen, dstate)."""
+    batch, seqlen, dim, dstate = size = 2, 256, 32, 16
+    for scan in (selective_scan_cpu, selective_scan_triton):
+        if scan is selective_scan_triton:
+            batch, seqlen, dim, dstate = size = 1, 64, 4, 16
+        inputs = scan_inputs(*size)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            scan(*inputs, delta_softplus=True)
+        mine = sum(x.numel() for x in saved if not any(x.data_ptr() == y.data_ptr() for y in inputs))
+        assert 0 < mine <= batch * seqlen * dim * dstate // 8
+
+
+def test_scan_arguments():
+    u, delta, A, B, C, D, z, bias = inputs = scan_inputs(2, 6, 5, 3)
+    for wrong, says in (([u, delta, A.cfloat(), B, C], "complex A is not supported"),
+                        ([u, delta, A, B[:, None], C], "constant and grouped B and C are not supported"),
+                        ([u, delta, A, B, C[0]], "constant and grouped B and C are not supported"),
+                        ([u, delta[:, :, 1:], A, B, C], "delta must be"), ([u, delta, A, B, C, D[1:]], "D must be")):
+        with pytest.raises(ValueError, match=says):
+            selective_scan(*wrong)
+    torch.testing.assert_close(selective_scan(*inputs), selective_scan_cpu(*inputs))
+
+
+# model_gpt.py, model_mamba.py
+
+def small(name, seed=0, **settings):
+    torch.manual_seed(seed)
+    if name == "gpt":
+        return GPT(GPTConfig(**dict(block_size=40, vocab_size=14, n_layer=2, n_head=2, n_embd=16) | settings))
+    return Mamba(MambaConfig(**dict(vocab_size=14, n_layer=2, d_model=16, d_state=4) | settings))
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(0, 14, shape, generator=torch.Generator().manual_seed(seed))
+
+
+both_models = pytest.mark.parametrize("name", ["gpt", "mamba"])
+
+
+@both_models
+def test_face(name):
+    """Logits everywhere when there are targets or they are asked for, else the last; a target of -1 does not count."""
+    model, idx = small(name), tokens(3, 11)
+    targets = tokens(3, 11, seed=1)
+    targets[:, :7] = -1
+    logits, loss = model(idx, targets)
+    expected = -logits.log_softmax(2).gather(2, targets[:, :, None].clamp(min=0))[:, 7:].mean()
+    assert logits.shape == (3, 11, 14)
+    torch.testing.assert_close(loss, expected)
+    every, none = model(idx, all_logits=True)
+    last, _ = model(idx)
+    assert none is None
+    torch.testing.assert_close(every, logits)
+    torch.testing.assert_close(last, logits[:, -1:])
+
+
+@both_models
+def test_causal(name):
+    model, idx = small(name), tokens(2, 12)
+    changed = idx.clone()
+    changed[:, 8] = (changed[:, 8] + 1) % 14
+    before, after = model(idx, all_logits=True)[0], model(changed, all_logits=True)[0]
+    torch.testing.assert_close(before[:, :8], after[:, :8], rtol=0, atol=0)
+    assert (before[:, 8:] != after[:, 8:]).any(dim=2).all()
+
+
+@both_models
+@torch.no_grad()
+def test_cache_equals_full_pass(name):
+    model, idx = small(name).double(), tokens(3, 20)
+    full, _ = model(idx, all_logits=True)
+    for sizes in ([12] + [1] * 8, [1] * 20, [5, 6, 9]):
+        cache = model.new_cache()
+        parts = [model(part, cache=cache, all_logits=True)[0] for part in idx.split(sizes, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), full)
+    answer = idx[:, :9]
+    for _ in range(6):
+        answer = torch.cat([answer, model(answer)[0].argmax(dim=2)], dim=1)
+    assert (model.generate(idx[:, :9], 6) == answer).all()
+
+
+def test_attention_written_out_equals_fused():
+    generator = torch.Generator().manual_seed(0)
+    for T, S in ((7, 7), (1, 7), (3, 7)):
+        q, k, v = (torch.randn(2, 3, n, 8, generator=generator, dtype=torch.float64) for n in (T, S, S))
+        torch.testing.assert_close(attention(q, k, v), fused_attention(q, k, v))
+    idx = tokens(2, 9)
+    plain, fused = small("gpt", fused=False), small("gpt")
+    torch.testing.assert_close(plain(idx)[0], fused(idx)[0])
+
+
+def test_gpt_is_gpt2():
+    """Names and shapes as in nanoGPT; the numbers, against GPT-2's equations on the raw weights."""
+    model = small("gpt").double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    w, idx = model.state_dict(), tokens(1, 10)[0]
+    block = {"ln_1": (16,), "attn.c_attn": (48, 16), "attn.c_proj": (16, 16), "ln_2": (16,), "mlp.c_fc": (64, 16), "mlp.c_proj": (16, 64)}
+    shapes = {f"transformer.h.{i}.{name}.{kind}": shape if kind == "weight" else shape[:1]
+              for i in (0, 1) for name, shape in block.items() for kind in ("weight", "bias")}
+    shapes |= {"transformer.wte.weight": (14, 16), "transformer.wpe.weight": (40, 16), "lm_head.weight": (14, 16),
+               "transformer.ln_f.weight": (16,), "transformer.ln_f.bias": (16,)}
+    assert {name: tuple(x.shape) for name, x in w.items()} == shapes
+
+    def norm(x, name):
+        x = x - x.mean(1, keepdim=True)
+        return x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+    x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:10]
+    for i in range(2):
+        pre = f"transformer.h.{i}."
+        q, k, v = linear(norm(x, pre + "ln_1"), pre + "attn.c_attn").split(16, dim=1)
+        heads = []
+        for head in (slice(0, 8), slice(8, 16)):
+            y = torch.zeros(10, 8, dtype=torch.float64)
+            for t in range(10):
+                weight = torch.exp(k[:t + 1, head] @ q[t, head] / math.sqrt(8))
+                y[t] = weight @ v[:t + 1, head] / weight.sum()
+            heads.append(y)
+        x = x + linear(torch.cat(heads, dim=1), pre + "attn.c_proj")
+        y = linear(norm(x, pre + "ln_2"), pre + "mlp.c_fc")
+        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3)))
+        x = x + linear(y, pre + "mlp.c_proj")
+    expected = norm(x, "transformer.ln_f") @ w["lm_head.weight"].T
+    torch.testing.assert_close(model(idx[None], all_logits=True)[0][0], expected)
+    with pytest.raises(ValueError, match="block_size"):
+        model(tokens(1, 41))
+    with pytest.raises(ValueError, match="multiple of n_head"):
+        GPTConfig(n_head=5, n_embd=16)
+
+
+def test_mamba_is_mamba():
+    """Names and shapes as in state-spaces/mamba; the numbers, against the paper's equations on the raw weights."""
+    model = small("mamba").double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    w, idx = model.state_dict(), tokens(1, 10)[0]
+    mixer = {"in_proj.weight": (64, 16), "conv1d.weight": (32, 1, 4), "conv1d.bias": (32,), "x_proj.weight": (9, 32),
+             "dt_proj.weight": (32, 1), "dt_proj.bias": (32,), "A_log": (32, 4), "D": (32,), "out_proj.weight": (16, 32)}
+    shapes = {f"backbone.layers.{i}.mixer.{name}": shape for i in (0, 1) for name, shape in mixer.items()}
+    shapes |= {f"backbone.layers.{i}.norm.weight": (16,) for i in (0, 1)}
+    shapes |= {"backbone.embedding.weight": (14, 16), "backbone.norm_f.weight": (16,), "lm_head.weight": (14, 16)}
+    assert {name: tuple(x.shape) for name, x in w.items()} == shapes
+
+    def norm(x, name):
+        return x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt() * w[name + ".weight"]
+
+    x = w["backbone.embedding.weight"][idx]
+    for i in range(2):
+        p = {name: w[f"backbone.layers.{i}.mixer.{name}"] for name in mixer}
+        u, z = (norm(x, f"backbone.layers.{i}.norm") @ p["in_proj.weight"].T).split(32, dim=1)
+        padded = torch.cat([torch.zeros(3, 32), u])
+        u = F.silu(sum(padded[k:k + 10] * p["conv1d.weight"][:, 0, k] for k in range(4)) + p["conv1d.bias"])
+        dt, B, C = (u @ p["x_proj.weight"].T).split([1, 4, 4], dim=1)
+        y, _ = loop(*(y.T[None] for y in (u, dt @ p["dt_proj.weight"].T)), -torch.exp(p["A_log"]),
+                    *(y.T[None] for y in (B, C)), p["D"], z.T[None], p["dt_proj.bias"])
+        x = x + y[0].T @ p["out_proj.weight"].T
+    expected = norm(x, "backbone.norm_f") @ w["lm_head.weight"].T
+    torch.testing.assert_close(model(idx[None], all_logits=True)[0][0], expected)
+
+
+def test_mamba_starts_as_the_original():
+    torch.manual_seed(0)
+    model = Mamba(MambaConfig(vocab_size=14, n_layer=4, d_model=512))
+    mixer = model.backbone.layers[0].mixer
+    torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 17).repeat(1024, 1))
+    log_dt = F.softplus(mixer.dt_proj.bias).log()                    # log-uniform: mean and variance of a uniform one
+    low, high = math.log(0.001), math.log(0.1)
+    assert low - 1e-3 <= log_dt.min() and log_dt.max() <= high + 1e-3
+    assert abs(log_dt.mean() - (low + high) / 2) < 0.15 and abs(log_dt.var() / ((high - low) ** 2 / 12) - 1) < 0.15
+    assert mixer.dt_proj.weight.abs().max() <= 32 ** -0.5 and mixer.D.eq(1).all()
+    bound = 1 / math.sqrt(1024) / math.sqrt(4)                       # of a linear layer's uniform weights, over sqrt(n_layer)
+    assert 0.99 * bound < mixer.out_proj.weight.abs().max() <= bound
+    groups = train.make_optimizer(model, {"lr": 1e-3, "weight_decay": 0.1}, torch.device("cpu")).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert (id(p) in decayed) == (p.dim() > 1 and "A_log" not in name), name
+
+
+# train.py: objectives and evaluation
+
+def objective(star=PathStar(2, 5, 10), n=50, **flags):
+    config = {"teacherless": False, "reverse": False, "only_first_hop": False} | flags
+    prefixes, paths = data.draw(star, n, rng())
+    prompts, targets = train.prompts_and_targets(config, prefixes, paths)
+    dollar = star.dollar if config["teacherless"] else None
+    return prefixes, paths, prompts, targets, train.model_input(prompts, targets, dollar), train.loss_targets(prompts, targets)
+
+
+@pytest.mark.parametrize("flags", [{}, {"teacherless": True}, {"reverse": True}, {"teacherless": True, "reverse": True},
+                                   {"only_first_hop": True}])
+def test_what_is_fed_in_and_what_is_asked_for(flags):
+    prefixes, paths, prompts, targets, inputs, wanted = objective(**flags)
+    written = paths[:, ::-1] if "reverse" in flags else paths
+    fed = np.full_like(written, 13) if "teacherless" in flags else written
+    length, asked = inputs.shape[1], wanted.numpy().copy()
+    if "only_first_hop" in flags:
+        assert (inputs.numpy() == np.concatenate([prefixes, paths[:, :1]], axis=1)).all()
+        assert (asked[:, -1] == paths[:, 1]).all() and (asked[:, :-1] == -1).all()
+    else:
+        assert (inputs.numpy() == np.concatenate([prefixes, fed[:, :-1]], axis=1)).all()
+        assert (asked[:, -5:] == written).all() and (asked[:, :-5] == -1).all()
+    assert asked.shape[1] == length and (inputs[:, :prompts.shape[1]] == prompts).all()
+
+
+@both_models
+def test_teacherless_leaks_no_target(name):
+    """Change any target token: what the model reads, and so its logits, must not move. Teacher forced, they do."""
+    model, star = small(name, block_size=40) if name == "gpt" else small(name), PathStar(2, 5, 10)
+    _, _, prompts, targets, _, _ = objective(star, 4)
+    for dollar in (star.dollar, None):
+        before, _ = model(train.model_input(prompts, targets, dollar), all_logits=True)
+        for i in range(4):
+            other = targets.clone()
+            other[:, i] = (other[:, i] + 1) % 10
+            after, _ = model(train.model_input(prompts, other, dollar), all_logits=True)
+            assert torch.equal(before, after) == (dollar is not None)
+
+
+class Cheat:
+    """Plays the Clever Hans cheat: takes the edge that leaves the last token; at the start, the first such in the list."""
+
+    def __init__(self, star):
+        self.star = star
+
+    def __call__(self, idx, all_logits):
+        best = torch.zeros_like(idx)
+        P = self.star.prefix_len
+        for row, out in zip(idx.tolist(), best):
+            edges = list(zip(row[0:P - 3:3], row[1:P - 3:3]))
+            out[P - 1] = row[P - 3]
+            for t in range(P, len(row)):
+                out[t] = next((b for a, b in edges if a == row[t]), 0)
+        return F.one_hot(best, self.star.vocab_size).float(), None
+
+    def generate(self, idx, n):
+        for _ in range(n):
+            idx = torch.cat([idx, self(idx, True)[0][:, -1:].argmax(dim=2)], dim=1)
+        return idx
+
+
+def test_phases_are_told_apart():
+    """On the cheat: forced, every node but the first hop is right; by its own inference it walks a real arm, at random."""
+    star = PathStar(2, 5, 10)
+    _, paths, prompts, targets, _, _ = objective(star, 400)
+    own, forced = train.predict(Cheat(star), prompts, targets, None, at_once=150)
+    result = train.summary(own, forced, targets)
+    hop = result["forced_node_accuracy"][1]
+    assert 0.4 < hop < 0.6 and result["forced_node_accuracy"] == [1, hop, 1, 1, 1] and result["forced_accuracy"] == hop
+    assert result["node_accuracy"] == [1, hop, hop, hop, hop] and result["accuracy"] == hop
+    config = {"deg": 2, "n_test": 400, "only_first_hop": False, "reverse": False}
+    assert "Clever Hans" in train.verdict(result, config)
+    solved = train.summary(targets, targets, targets)
+    assert solved["accuracy"] == 1 and "solved" in train.verdict(solved, config)
+    nothing = train.summary(torch.zeros_like(targets) - 1, targets, targets)
+    assert nothing["accuracy"] == 0 and nothing["forced_accuracy"] == 1
+    assert "not trained enough" in train.verdict(nothing, config)
+    assert train.summary(own, None, targets)["forced_node_accuracy"] is None
+
+
+def test_every_epoch_sees_every_graph_once():
+    config = {"batch_size": 8, "seed": 0}
+    seen = torch.cat([train.batch_indices(20, config, it) for it in range(5)])
+    assert Counter(seen[:20].tolist()) == Counter(seen[20:].tolist()) == Counter(range(20))
+    assert seen[:20].tolist() != seen[20:].tolist()
+
+
+# train.py and sample.py, end to end
+
+TINY = ("--n_layer", 1, "--n_embd", 16, "--n_train", 200, "--n_test", 20, "--batch_size", 8, "--max_iters", 6,
+        "--eval_interval", 3, "--device", "cpu")
+KEYS = ["iter", "examples", "elapsed_s", "train_loss", "lr", "accuracy", "node_accuracy", "forced_accuracy", "forced_node_accuracy"]
+
+
+def call(monkeypatch, module, *flags):
+    """Runs a script in this process -> its exit code."""
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, flags)])
+    try:
+        module.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("flags", [
+    (), ("--model", "mamba"), ("--teacherless",), ("--model", "mamba", "--teacherless", "--d_state", 4), ("--reverse",),
+    ("--model", "mamba", "--reverse", "--teacherless"), ("--only_first_hop",), ("--n_train", 0, "--n_head", 2),
+    ("--deg", 3, "--path_len", 3, "--num_nodes", 12, "--lr", 0.01, "--weight_decay", 0, "--warmup_iters", 0, "--seed", 3),
+    ("--dtype", "bfloat16"), ("--model", "mamba", "--dtype", "bfloat16")])
+def test_tiny_runs(flags, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert call(monkeypatch, train, *TINY, *flags, "--out_dir", out) == 0
+    header, *lines = read_log(out)
+    assert header.keys() == {"config", "versions", "machine"}
+    assert header["config"].keys() >= {flag[2:] for flag in (*TINY, *flags) if str(flag).startswith("--")}
+    assert [line["iter"] for line in lines] == [0, 3, 6] and [line["examples"] for line in lines] == [0, 24, 48]
+    for line in lines:
+        assert list(line) == KEYS
+        assert (line["forced_accuracy"] is None) == ("--teacherless" in flags)
+        targets = 1 if "--only_first_hop" in flags else header["config"]["path_len"]
+        assert len(line["node_accuracy"]) == targets
+    assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "log.jsonl"]
+    ckpt = torch.load(out / "ckpt.pt", weights_only=True)
+    assert ckpt["config"] == header["config"] and ckpt["iter"] == 6
+    printed = capsys.readouterr().out
+    assert "where guessing an arm gives" in printed.splitlines()[-1]
+
+    assert call(monkeypatch, sample, "--out_dir", out, "--num_graphs", 30) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("  model:") == 3 and "a real arm" in printed and "path accuracy" in printed
+
+
+def test_flags_of_the_loop_do_what_they_say(monkeypatch, tmp_path):
+    """The learning rate warms up, steps depend on it and on weight decay, and the seed changes everything."""
+    def weights(name, *flags):
+        assert call(monkeypatch, train, *TINY, *flags, "--out_dir", tmp_path / name) == 0
+        return torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["model"]["lm_head.weight"]
+
+    base = weights("base", "--warmup_iters", 5)
+    assert torch.equal(base, weights("same", "--warmup_iters", 5))
+    for i, flags in enumerate((("--lr", 0.1), ("--weight_decay", 0.9), ("--seed", 1), ("--n_train", 0), ("--warmup_iters", 0))):
+        assert not torch.equal(base, weights(f"other{i}", "--warmup_iters", 5, *flags)), flags
+    lr = [line["lr"] for line in read_log(tmp_path / "base")[1:]]
+    assert lr == pytest.approx([1e-3 * 1 / 6, 1e-3 * 4 / 6, 1e-3])
+
+
+def test_stops_when_solved(monkeypatch, tmp_path, capsys):
+    """With one arm of one edge there is nothing to plan."""
+    out = tmp_path / "run"
+    assert call(monkeypatch, train, "--model", "mamba", "--deg", 1, "--path_len", 2, "--num_nodes", 20, "--n_train", 0, "--n_test", 50,
+                "--n_layer", 1, "--n_embd", 32, "--batch_size", 64, "--lr", 0.01, "--eval_interval", 25, "--out_dir", out) == 0
+    last = read_log(out)[-1]
+    assert last["accuracy"] >= 0.995 and last["iter"] < 3000 and "solved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [("--model", "gpt"), ("--model", "mamba", "--teacherless", "--n_train", 0)])
+def test_resume_equals_never_interrupted(flags, monkeypatch, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call(monkeypatch, train, *TINY, *flags, "--out_dir", whole) == 0
+    real, saves = train.save, []
+
+    def killed_after_second_save(ckpt, file):
+        real(ckpt, file)
+        saves.append(file)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save", killed_after_second_save)
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, train, *TINY, *flags, "--out_dir", parts)
+    monkeypatch.setattr(train, "save", real)
+    assert read_log(parts)[-1]["iter"] == 3
+    with open(parts / "log.jsonl", "a") as f:                        # a line that the checkpoint knows nothing of
+        f.write(json.dumps(read_log(parts)[-1] | {"iter": 6}) + "\n")
+    assert call(monkeypatch, train, "--resume", "--out_dir", parts) == 0
+    one, two = (torch.load(folder / "ckpt.pt", weights_only=True)["model"] for folder in (whole, parts))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert [{**line, "elapsed_s": 0} for line in read_log(whole)[1:]] == [{**line, "elapsed_s": 0} for line in read_log(parts)[1:]]
+    assert call(monkeypatch, train, "--resume", "--out_dir", parts, "--lr", 0.5) == 2
+
+
+def test_a_run_is_not_overwritten(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = set()
+    for flags in ((), ("--reverse",), ("--model", "mamba"), ("--seed", 1), ("--num_nodes", 11), ("--teacherless",)):
+        assert call(monkeypatch, train, *TINY, *flags, "--max_iters", 1) == 0
+        names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert len(names) == 6
+    capsys.readouterr()
+    assert call(monkeypatch, train, *TINY) == 2
+    assert "holds a run already: --resume" in capsys.readouterr().err
+    assert call(monkeypatch, train, *TINY, "--overwrite") == 0
+
+
+@pytest.mark.skipif(not any(os.access(Path(p) / "g++", os.X_OK) for p in os.environ["PATH"].split(":")), reason="needs a C++ compiler")
+@both_models
+def test_compiled_run_equals_eager(name, monkeypatch, tmp_path):
+    for flag in ((), ("--compile",)):
+        assert call(monkeypatch, train, *TINY, "--model", name, "--out_dir", tmp_path / str(len(flag)), *flag) == 0
+    for a, b in zip(read_log(tmp_path / "0")[2:], read_log(tmp_path / "1")[2:]):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+
+
+def test_two_processes_follow_one(tmp_path):
+    flags = *TINY, "--model", "mamba", "--batch_size", 16
+    assert run("train.py", *flags, "--out_dir", tmp_path / "one").returncode == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py",
+               *flags, "--out_dir", tmp_path / "two"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    for a, b in zip(read_log(tmp_path / "one")[2:], read_log(tmp_path / "two")[2:], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert call(monkeypatch, train, *TINY, "--out_dir", out) == 0
+    return out
+
+
+def test_sample_on_files_and_prompts(finished, monkeypatch, tmp_path, capsys):
+    star = PathStar(2, 5, 10)
+    lines = list(data.text(star, *data.draw(star, 4, rng())))
+    (tmp_path / "graphs.txt").write_text("\n".join(lines))
+    assert call(monkeypatch, sample, "--out_dir", finished, "--file", tmp_path / "graphs.txt") == 0
+    printed = capsys.readouterr().out
+    assert "on 4 graphs" in printed
+    for line in lines[:3]:
+        assert "  " + " -> ".join(line.split("=")[1].split(",")) + "   the path" in printed
+    assert call(monkeypatch, sample, "--out_dir", finished, "--prompt", lines[0].split("=")[0] + "=") == 0
+    assert "on 1 graphs" in capsys.readouterr().out
+
+
+def test_sample_marks_where_the_answer_leaves_the_path(capsys):
+    arms = [[1, 2, 3], [1, 4, 5]]
+    sample.show(arms, [1, 4, 5], [1, 2, 3])
+    sample.show(arms, [1, 4, 5], [1, 4, 5])
+    wrong, right = [line for line in capsys.readouterr().out.splitlines() if "model:" in line]
+    assert wrong == "  model: 1 -> [2] -> 3   wrong: leaves the path at node 2, where 4 is right, and walks another arm"
+    assert right == "  model: 1 -> 4 -> 5   right"
+
+
+@pytest.mark.parametrize("flags, says", [
+    (("--model", "rnn"), "invalid choice"), (("--n_embed", 3), "unrecognized arguments"), (("--lr", "x"), "invalid float"),
+    (("--d_state", 4), "--d_state is not a setting of --model gpt"), (("--model", "mamba", "--n_head", 2), "--n_head is not"),
+    (("--n_embd", 30), "multiple of n_head"), (("--num_nodes", 8), "num_nodes must be at least 9"),
+    (("--deg", 0), "deg must be at least 1"), (("--batch_size", 0), "--batch_size must be positive"),
+    (("--seed", -1), "--seed must not be negative"), (("--lr", "nan"), "--lr must be positive"),
+    (("--only_first_hop", "--teacherless"), "--only_first_hop"), (("--only_first_hop", "--reverse"), "--only_first_hop"),
+    (("--deg", 1, "--path_len", 2, "--num_nodes", 3), "only 6 different graphs"), (("--train_file", "missing"), "No such file"),
+    (("--device", "cuda:99"), "--device cuda:99"), (("--device", "abacus"), "--device abacus"),
+    (("--dtype", "float16", "--device", "cpu"), "needs a GPU"), (("--resume",), "No such file")])
+def test_bad_flags(flags, says, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, train, *flags) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and says in printed.err, printed.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_files_prompts_and_checkpoints(finished, monkeypatch, tmp_path, capsys):
+    (tmp_path / "graphs.txt").write_text(LINE)
+    for name in ("truncated", "other", "renamed"):
+        (tmp_path / name).mkdir()
+    whole = (finished / "ckpt.pt").read_bytes()
+    (tmp_path / "truncated" / "ckpt.pt").write_bytes(whole[:len(whole) // 2])
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other" / "ckpt.pt")
+    ckpt = torch.load(finished / "ckpt.pt", weights_only=True)
+    torch.save(ckpt | {"model": {}}, tmp_path / "renamed" / "ckpt.pt")
+    for flags, says in (
+            (("--out_dir", tmp_path / "none"), "No such file"), (("--out_dir", tmp_path / "truncated"), "cannot be read"),
+            (("--out_dir", tmp_path / "other"), "not a checkpoint"), (("--out_dir", tmp_path / "renamed"), "not hold a model"),
+            (("--out_dir", finished, "--file", tmp_path / "graphs.txt"), "line 1: node"),
+            (("--out_dir", finished, "--prompt", "hello"), "--prompt: 'hello' is not of the form"),
+            (("--out_dir", finished, "--prompt", LINE), "out of range"),
+            (("--out_dir", finished, "--prompt", "0,1|0,2/0,1="), "this one has deg 2 and path_len 2"),
+            (("--out_dir", finished, "--num_graphs", 0), "--num_graphs")):
+        assert call(monkeypatch, sample, *flags) == 2, flags
+        printed = capsys.readouterr()
+        assert printed.out == "" and printed.err.count("\n") == 1 and says in printed.err, printed.err
+
+
+def test_a_script_refuses_in_one_line():
+    """As a user sees it, in a process of its own."""
+    fails("train.py", "--num_nodes", 3, says="train.py: num_nodes must be at least 9")
+    fails("data.py", "--deg", -1, says="data.py: deg must be at least 1")
+    fails("sample.py", says="--out_dir")
