@@ -59,8 +59,7 @@ def state_dtype(u):
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
-def selective_scan_ref(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
-                       return_last_state=False):
+def selective_scan_ref(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
     """The equations above, one time step after the other. Arguments and results as in `selective_scan`."""
     check_arguments(u, delta, A, B, C, D, z, delta_bias)
     f = state_dtype(u)
@@ -120,14 +119,9 @@ class Pieces:
         return a, h
 
 
-def over_states(c, h):
-    """sum_n c_n h_nd: (batch, time, dstate), (batch, time, dstate, dim) -> (batch, time, dim)"""
-    return torch.matmul(c[:, :, None, :], h).squeeze(2)
-
-
-def over_channels(h, x):
-    """sum_d h_nd x_d: (batch, time, dstate, dim), (batch, time, dim) -> (batch, time, dstate)"""
-    return torch.matmul(h, x[:, :, :, None]).squeeze(3)
+def like(x, y):
+    """y (batch, time, dim) in the layout and dtype of x (batch, dim, time)"""
+    return torch.empty_like(x).copy_(y.transpose(1, 2))
 
 
 def cpu_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
@@ -142,11 +136,11 @@ def cpu_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
             states[k, b] = last[b]
         h_ = p.states(b, t, last[b], a, h)[1]
         last[b] = h_[:, -1]
-        y[b, t] = over_states(p.C[b, t], h_)
+        y[b, t] = torch.einsum("btn,btnd->btd", p.C[b, t], h_)
     y += p.D * p.u
     if z is not None:
         y *= F.silu(p.z)
-    return torch.empty_like(u).copy_(y.transpose(1, 2)), last.transpose(1, 2).contiguous(), states
+    return like(u, y), last.transpose(1, 2).contiguous(), states
 
 
 def cpu_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus):
@@ -164,33 +158,30 @@ def cpu_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softpl
         h0, right = states[k, b], carry[b]
         a_, h_ = p.states(b, t, h0, a, h)
         if z is not None:                                            # out = y silu(z), so y is needed once more
-            y[b, t] = over_states(p.C[b, t], h_)
-        dC[b, t] = over_channels(h_, dy[b, t])
+            y[b, t] = torch.einsum("btn,btnd->btd", p.C[b, t], h_)
+        dC[b, t] = torch.einsum("btnd,btd->btn", h_, dy[b, t])
         g_ = torch.mul(dy[b, t, None, :], p.C[b, t, :, None], out=g[:h_.numel()].view(h_.shape))
         for a_t, g_t in zip(reversed(a_.unbind(1)), reversed(g_.unbind(1))):
             g_t.add_(right)
             right = a_t.mul_(g_t)                                    # in place: from here on a_ holds a_t g_t
         carry[b] = right
-        dB[b, t] = over_channels(g_, p.x[b, t])
-        dx[b, t] = over_states(p.B[b, t], g_)
+        dB[b, t] = torch.einsum("btnd,btd->btn", g_, p.x[b, t])
+        dx[b, t] = torch.einsum("btn,btnd->btd", p.B[b, t], g_)
         w = a_
         w[:, 1:].mul_(h_[:, :-1])
         w[:, 0].mul_(h0)                                             # and now a_t g_t h_{t-1}
         ddt[b, t] = torch.mul(w, p.A, out=g_).sum(2)
         dA += torch.mul(w, p.dt[b, t, None, :], out=g_).sum((0, 1))
-    dz = None if z is None else dout * (y + p.D * p.u) * s * (1 + p.z * (1 - s))
+    dz = u.new_empty(0) if z is None else like(z, dout * (y + p.D * p.u) * s * (1 + p.z * (1 - s)))
     ddt.addcmul_(p.u, dx)
     if delta_softplus:
         ddt *= torch.sigmoid(p.raw)
     du = dx * p.dt + p.D * dy
-    du, ddelta, dz = (new_like(x, u) if x is None else torch.empty_like(x).copy_(grad.transpose(1, 2))
-                      for x, grad in ((u, du), (delta, ddt), (z, dz)))
     dB, dC = dB.transpose(1, 2).contiguous(), dC.transpose(1, 2).contiguous()
-    return du, ddelta, dA.t().contiguous(), dB, dC, (dy * p.u).sum((0, 1)), dz, ddt.sum((0, 1))
+    return like(u, du), like(delta, ddt), dA.t().contiguous(), dB, dC, (dy * p.u).sum((0, 1)), dz, ddt.sum((0, 1))
 
 
-CHUNK = 8     # time steps whose states the backward kernel holds in registers at once
-BLOCK_D = 64  # channels a program works on
+CHUNK, BLOCK_D = 8, 64  # time steps whose states the backward kernel holds in registers at once; channels to a program
 
 if triton is not None:
     # One program works through one sequence for BLOCK_D channels, with their states in a tile (BLOCK_N, BLOCK_D): the
@@ -336,7 +327,7 @@ def triton_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
 def triton_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus):
     """As `cpu_backward`."""
     (batch, dim, seqlen), dstate, f = u.shape, A.shape[1], state_dtype(u)
-    du, ddelta, dz = (new_like(x, u) for x in (u, delta, z))
+    du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), torch.empty_like(z) if z is not None else u.new_empty(0)
     dA, (dD, dbias) = u.new_empty(batch, dstate, dim, dtype=f), u.new_empty(2, batch, dim, dtype=f)
     dB, dC = u.new_empty(2, triton.cdiv(dim, BLOCK_D), batch, seqlen, dstate, dtype=f)
     launch(backward_kernel, u, A, (dout, u, delta, A, B, C, D, z, delta_bias, du, ddelta, dz),
@@ -348,11 +339,6 @@ def triton_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_sof
 def states_shape(chunk, u, A, save):
     """Of what is saved for the backward pass: the state before each chunk of time."""
     return -(-u.shape[2] // chunk) if save else 0, u.shape[0], A.shape[1], u.shape[1]
-
-
-def new_like(x, u):
-    """Memory for the gradient of x, which may be None."""
-    return u.new_empty(0) if x is None else torch.empty_like(x)
 
 
 def make_scan(name, forward, backward, chunk):
@@ -371,8 +357,9 @@ def make_scan(name, forward, backward, chunk):
 
     @op_backward.register_fake
     def _(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus):
-        dA, dB, dC, dD, dbias = (states.new_empty(shape) for shape in (A.shape, B.shape, C.shape, A.shape[:1], A.shape[:1]))
-        return torch.empty_like(u), torch.empty_like(delta), dA, dB, dC, dD, new_like(z, u), dbias
+        new, dz = states.new_empty, torch.empty_like(z) if z is not None else u.new_empty(0)
+        return (torch.empty_like(u), torch.empty_like(delta), new(A.shape), new(B.shape), new(C.shape), new(A.shape[:1]), dz,
+                new(A.shape[:1]))
 
     def save_inputs(ctx, inputs, output):
         *tensors, ctx.delta_softplus, _ = inputs
@@ -412,14 +399,6 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
-def example(batch, seqlen, dim, dstate, device):
-    """-> random u, delta, A, B, C, D, z, delta_bias that require gradients."""
-    u, B, vector = (batch, dim, seqlen), (batch, dstate, seqlen), (dim,)
-    inputs = [torch.randn(shape, device=device) for shape in (u, u, (dim, dstate), B, B, vector, u, vector)]
-    inputs[2] = -dstate * torch.rand_like(inputs[2])
-    return [x.requires_grad_() for x in inputs]
-
-
 def both_passes(scan, inputs):
     """-> out, last state and the gradients of sum(out^2)."""
     out, last = scan(*inputs, delta_softplus=True, return_last_state=True)
@@ -430,14 +409,17 @@ def check_and_benchmark(device):
     from torch.utils.benchmark import Timer
     print(f"{device}, {torch.get_num_threads()} threads, float32, forward + backward, (batch, seqlen, dim, dstate): largest "
           "error against float64, relative to the largest value; median time; and beside it that of the plain loop")
-    for shape in ((1, 1, 16, 1), (2, 31, 70, 5), (1, 257, 40, 16), (32, 27, 64, 16), (128, 27, 128, 16), (256, 17, 256, 16)):
-        inputs = example(*shape, device)
+    for sizes in ((1, 1, 16, 1), (2, 31, 70, 5), (1, 257, 40, 16), (32, 27, 64, 16), (128, 27, 128, 16), (256, 17, 256, 16)):
+        batch, seqlen, dim, dstate = sizes
+        u, B, v = (batch, dim, seqlen), (batch, dstate, seqlen), (dim,)
+        inputs = [torch.randn(shape, device=device).requires_grad_() for shape in (u, u, (dim, dstate), B, B, v, u, v)]
+        inputs[2].data = -dstate * torch.rand_like(inputs[2])        # A
         exact = both_passes(selective_scan_ref, [x.detach().double().requires_grad_() for x in inputs])
         error = max(((x - y).abs().max() / y.abs().max().clamp(min=1e-6)).item()
                     for x, y in zip(both_passes(selective_scan, inputs), exact))
         fast, plain = (Timer("both_passes(scan, inputs)", globals=globals() | {"scan": scan, "inputs": inputs})
                        .blocked_autorange(min_run_time=1).median * 1e3 for scan in (selective_scan, selective_scan_ref))
-        print(f"{str(shape):20} error {error:.1e}, {fast:8.3f} ms, loop {plain:8.3f} ms: {plain / fast:4.1f} times faster")
+        print(f"{str(sizes):20} error {error:.1e}, {fast:8.3f} ms, loop {plain:8.3f} ms: {plain / fast:4.1f} times faster")
         assert error < 1e-4, "the implementations disagree"
 
 

@@ -156,8 +156,6 @@ def save(ckpt, file):
     os.replace(file + ".tmp", file)
 
 
-# ------------------------------------------------------------------------------------------- objectives, evaluation
-
 def prompts_and_targets(config, prefixes, paths):
     """The tokens that inference starts from (n, prompt_len), and those to be written after them (n, target_len)."""
     prefixes, paths = torch.from_numpy(prefixes), torch.from_numpy(paths)
@@ -223,8 +221,6 @@ def verdict(result, config):
     return f"{seen}: neither solved nor the cheat; not trained enough to tell."
 
 
-# ------------------------------------------------------------------------------------------- the loop
-
 @functools.lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
     return torch.from_numpy(np.random.default_rng([seed, 2, epoch]).permutation(n))
@@ -248,7 +244,7 @@ def make_optimizer(model, config, device):
     return torch.optim.AdamW(groups, lr=config["lr"], fused=device.type == "cuda")
 
 
-def setup(given, defaults):
+def setup(given, defaults, rank, world):
     """Everything that can be wrong, before anything is written -> config, checkpoint or None, data, model, device, dtype."""
     config = resolve(given, defaults)
     ckpt = None
@@ -257,15 +253,14 @@ def setup(given, defaults):
         for flag in given.keys() - {"resume", "out_dir"}:
             if given[flag] != ckpt["config"].get(flag):
                 raise ValueError(f"--{flag} {given[flag]} contradicts the run to resume, which has {ckpt['config'].get(flag)}")
-        config = ckpt["config"] | {"out_dir": config["out_dir"] or out_dir_of(config), "resume": True}
+        config = ckpt["config"] | {"out_dir": config["out_dir"] or out_dir_of(config)}
     star, train, test, warnings = datasets(**{name: config[name] for name in (
         "deg", "path_len", "num_nodes", "n_train", "n_test", "seed", "train_file", "test_file")})
     config.update(deg=star.deg, path_len=star.path_len, num_nodes=star.num_nodes, n_train=len(train[0]), n_test=len(test[0]))
     config["out_dir"] = config["out_dir"] or out_dir_of(config)
-    held = [file for file in ("log.jsonl", "ckpt.pt") if os.path.exists(os.path.join(config["out_dir"], file))]
-    if held and not config["resume"] and not config["overwrite"]:
+    held = any(os.path.exists(os.path.join(config["out_dir"], file)) for file in ("log.jsonl", "ckpt.pt"))
+    if held and not ckpt and not config["overwrite"] and rank == 0:
         raise ValueError(f"{config['out_dir']} holds a run already: --resume goes on with it, --overwrite starts over")
-    world = int(os.environ.get("WORLD_SIZE", 1))
     if config["batch_size"] % world:
         raise ValueError(f"--batch_size {config['batch_size']} must be a multiple of the {world} processes")
     name = config["device"] if config["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -295,10 +290,9 @@ def open_log(config, ckpt, device):
     else:
         os.makedirs(config["out_dir"], exist_ok=True)
         gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-        lines = [json.dumps({"config": config,
-                             "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                                          "numpy": np.__version__},
-                             "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads{gpu}"})]
+        machine = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads{gpu}"
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        lines = [json.dumps({"config": config, "versions": versions, "machine": machine})]
     log = open(file, "w")
     log.write("".join(line + "\n" for line in lines))
     return log
@@ -306,11 +300,13 @@ def open_log(config, ckpt, device):
 
 def main():
     flags, defaults = make_flags()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
     try:
-        config, ckpt, star, train, test, warnings, model, device, dtype = setup(vars(flags.parse_args()), defaults)
+        config, ckpt, star, train, test, warnings, model, device, dtype = setup(
+            vars(flags.parse_args()), defaults, rank, world)
+        log = open_log(config, ckpt, device) if rank == 0 else None
     except (ValueError, OSError) as error:
         flags.error(str(error))
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -345,7 +341,6 @@ def main():
         optimizer.load_state_dict(ckpt["optimizer"])
         scaler.load_state_dict(ckpt["scaler"])
         start, elapsed = ckpt["iter"], ckpt["elapsed_s"]
-    log = open_log(config, ckpt, device) if rank == 0 else None
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     step_model = torch.compile(model) if config["compile"] else model
     if world > 1:
