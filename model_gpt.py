@@ -3,9 +3,9 @@
 B  batch        T  tokens       C  n_embd, the width        vocab_size  tokens there are
 
 Parameters are named and shaped as in nanoGPT, so GPT-2's weights load with `strict=True` once its Conv1D matrices are
-transposed. One thing differs from GPT-2, and only at the start of training: the table of positions begins as sinusoids
+transposed. Two things differ from GPT-2, and only at the start of training. The table of positions begins as sinusoids
 (Vaswani et al. 2017, section 3.5) rather than as noise, because attention to "the token one to the left" is then easy to
-express; every step of following a path is such a look.
+express; every step of following a path is such a look. And the matrices of a model narrower than GPT-2 begin larger.
 """
 import math
 from dataclasses import dataclass
@@ -104,9 +104,10 @@ class GPT(nn.Module):
         self.lm_head.weight = self.transformer.wte.weight                           # tied
         for name, p in self.named_parameters():
             if p.dim() == 2:
+                # 0.02 at GPT-2's width; a narrower matrix needs larger numbers to pass on as much of its input
+                std = 0.02 * math.sqrt(768 / config.n_embd) if "transformer.h" in name else 0.02
                 # each block adds twice to the residual stream; the scale keeps its variance from growing with depth
-                std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
-                nn.init.normal_(p, std=std)
+                nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         with torch.no_grad():

@@ -44,40 +44,31 @@ except ImportError:  # no Triton on macOS and Windows: selective_scan_cpu serves
 def check_arguments(u, delta, A, B, C, D, z, delta_bias):
     """Raises ValueError where an argument has a form that is not supported."""
     if u.dim() != 3 or A.dim() != 2 or A.is_complex():
-        raise ValueError("u must be (batch, dim, seqlen) and A real and (dim, dstate); complex A is not supported. "
-                         f"Got u {tuple(u.shape)} and A {A.dtype} {tuple(A.shape)}")
-    like_u, like_B, vector = tuple(u.shape), (u.size(0), A.size(1), u.size(2)), (u.size(1),)
-    for name, x, shape in (("delta", delta, like_u), ("A", A, vector + (A.size(1),)), ("B", B, like_B), ("C", C, like_B),
-                           ("D", D, vector), ("z", z, like_u), ("delta_bias", delta_bias, vector)):
+        raise ValueError(f"u must be (batch, dim, seqlen) and A real and (dim, dstate): got {tuple(u.shape)} and {A.dtype} "
+                         f"{tuple(A.shape)}; complex A is not supported")
+    U, BC, v = tuple(u.shape), (u.size(0), A.size(1), u.size(2)), (u.size(1),)
+    for name, x, shape in (("delta", delta, U), ("A", A, (u.size(1), A.size(1))), ("B", B, BC), ("C", C, BC), ("D", D, v),
+                           ("z", z, U), ("delta_bias", delta_bias, v)):
         if x is not None and (tuple(x.shape) != shape or x.device != u.device or not x.is_floating_point()):
-            hint = "; constant and grouped B and C are not supported" if name in "BC" else ""
-            raise ValueError(f"{name} must be a real tensor {shape} on {u.device}, got {x.dtype} {tuple(x.shape)} on "
-                             f"{x.device}{hint}")
-
-
-def state_dtype(u):
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
+            raise ValueError(f"{name} must be a real tensor {shape} on {u.device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
+                             + "; constant and grouped B and C are not supported" * (name in "BC"))
 
 
 def selective_scan_ref(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
     """The equations above, one time step after the other. Arguments and results as in `selective_scan`."""
     check_arguments(u, delta, A, B, C, D, z, delta_bias)
-    f = state_dtype(u)
+    f = torch.promote_types(u.dtype, torch.float32)
     x, dt, A, B, C = u.to(f), delta.to(f), A.to(f), B.to(f), C.to(f)
-    if delta_bias is not None:
-        dt = dt + delta_bias.to(f)[:, None]
-    if delta_softplus:
-        dt = F.softplus(dt)
+    dt = dt if delta_bias is None else dt + delta_bias.to(f)[:, None]
+    dt = F.softplus(dt) if delta_softplus else dt
     a = torch.exp(torch.einsum("bdl,dn->bdln", dt, A))
     Bx = torch.einsum("bdl,bnl->bdln", dt * x, B)
     h, y = x.new_zeros(u.shape[0], *A.shape), torch.zeros_like(x)
     for t in range(u.shape[2]):
         h = a[:, :, t] * h + Bx[:, :, t]
         y[:, :, t] = torch.einsum("bdn,bn->bd", h, C[:, :, t])
-    if D is not None:
-        y = y + D.to(f)[:, None] * x
-    if z is not None:
-        y = y * F.silu(z.to(f))
+    y = y if D is None else y + D.to(f)[:, None] * x
+    y = y if z is None else y * F.silu(z.to(f))
     return (y.to(u.dtype), h.detach()) if return_last_state else y.to(u.dtype)
 
 
@@ -89,14 +80,13 @@ PIECE = 1 << 19  # elements of its (batch, time, dstate, dim) temporaries per th
 class Pieces:
     """The scan's inputs with channels last, (batch, time, dim) and (batch, time, dstate); and the pieces of batch and time
     in which they are worked through. A is (dstate, dim), so every product runs along dim, contiguous in memory."""
-
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
-        (batch, dim, seqlen), dstate, self.dtype = u.shape, A.shape[1], state_dtype(u)
+        (batch, dim, seqlen), dstate = u.shape, A.shape[1]
+        self.dtype = torch.promote_types(u.dtype, torch.float32)
         self.A, self.D = A.to(self.dtype).t().contiguous(), 0 if D is None else D.to(self.dtype)
         self.u, self.raw, self.B, self.C = map(self.channels_last, (u, delta, B, C))
         self.z = None if z is None else self.channels_last(z)
-        if delta_bias is not None:
-            self.raw = self.raw + delta_bias.to(self.dtype)
+        self.raw = self.raw if delta_bias is None else self.raw + delta_bias.to(self.dtype)
         self.dt = F.softplus(self.raw) if delta_softplus else self.raw
         self.x = self.dt * self.u
         time = min(seqlen, TIME)
@@ -128,9 +118,8 @@ def cpu_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
     """-> out like u; the last state (batch, dim, dstate); the state before each chunk of time (chunks, batch, dstate, dim)
     if `save`, else no chunks."""
     p = Pieces(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    y, last = torch.empty_like(p.u), p.A.new_zeros(u.shape[0], *p.A.shape)
-    states = p.A.new_empty(states_shape(TIME, u, A, save))
-    a, h = p.A.new_empty(2, p.size)
+    y, states, (a, h) = torch.empty_like(p.u), p.A.new_empty(states_shape(TIME, u, A, save)), p.A.new_empty(2, p.size)
+    last = p.A.new_zeros(u.shape[0], *p.A.shape)
     for k, b, t in p.all:
         if save:
             states[k, b] = last[b]
@@ -150,10 +139,9 @@ def cpu_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softpl
     if z is not None:
         y, s = torch.empty_like(dy), torch.sigmoid(p.z)
         dy = dout * p.z * s
-    ddt, dx, dB, dC, dA = map(torch.empty_like, (dy, dy, p.B, p.C, p.A))
+    (ddt, dx, dB, dC), dA = map(torch.empty_like, (dy, dy, p.B, p.C)), torch.zeros_like(p.A)
     carry = p.A.new_zeros(u.shape[0], *p.A.shape)                    # a_{t+1} g_{t+1} of the chunk to the right
     a, h, g = p.A.new_empty(3, p.size)
-    dA.zero_()
     for k, b, t in reversed(p.all):
         h0, right = states[k, b], carry[b]
         a_, h_ = p.states(b, t, h0, a, h)
@@ -167,11 +155,10 @@ def cpu_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softpl
         carry[b] = right
         dB[b, t] = torch.einsum("btnd,btd->btn", g_, p.x[b, t])
         dx[b, t] = torch.einsum("btn,btnd->btd", p.B[b, t], g_)
-        w = a_
-        w[:, 1:].mul_(h_[:, :-1])
-        w[:, 0].mul_(h0)                                             # and now a_t g_t h_{t-1}
-        ddt[b, t] = torch.mul(w, p.A, out=g_).sum(2)
-        dA += torch.mul(w, p.dt[b, t, None, :], out=g_).sum((0, 1))
+        a_[:, 1:].mul_(h_[:, :-1])                                   # and now w_t = a_t g_t h_{t-1}
+        a_[:, 0].mul_(h0)
+        ddt[b, t] = torch.mul(a_, p.A, out=g_).sum(2)
+        dA += torch.mul(a_, p.dt[b, t, None, :], out=g_).sum((0, 1))
     dz = u.new_empty(0) if z is None else like(z, dout * (y + p.D * p.u) * s * (1 + p.z * (1 - s)))
     ddt.addcmul_(p.u, dx)
     if delta_softplus:
@@ -184,9 +171,8 @@ def cpu_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softpl
 CHUNK, BLOCK_D = 8, 64  # time steps whose states the backward kernel holds in registers at once; channels to a program
 
 if triton is not None:
-    # One program works through one sequence for BLOCK_D channels, with their states in a tile (BLOCK_N, BLOCK_D): the
-    # channels lie across the threads, the states of one channel inside one thread, so a sum over states needs no
-    # communication. A tensor comes as (pointer, its strides), so views need no copy; offsets are 64-bit.
+    # One program works through one sequence for BLOCK_D channels, with their states in a tile (BLOCK_N, BLOCK_D).
+    # A tensor comes as (pointer, its strides), so views need no copy; offsets are 64-bit.
     LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
     @triton.jit
@@ -203,18 +189,15 @@ if triton is not None:
 
     @triton.jit
     def prepare(A, D, bias, dim, dstate, F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-        """-> number of this program's block of channels, its sequence b, channels d, states n, which of them exist; A, D and
-        bias for them. A comes multiplied by log2(e): the chip has 2^x and makes e^x from it by one more product."""
+        """-> this program's block of channels, sequence b, channels d, states n, which of them exist; A, D and bias there.
+        A comes multiplied by log2(e): the chip has 2^x and makes e^x from it by one more product."""
         blocks = tl.cdiv(dim, BLOCK_D)
         block, b = (tl.program_id(0) % blocks).to(tl.int64), (tl.program_id(0) // blocks).to(tl.int64)
         d, n = block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N).to(tl.int64)
         in_d, in_n = d < dim, n < dstate
         A_ = tl.load(A[0] + d[None, :] * A[1] + n[:, None] * A[2], in_n[:, None] & in_d[None, :], 0.0).to(F) * LOG2_E
-        D_, bias_ = tl.zeros((BLOCK_D,), F), tl.zeros((BLOCK_D,), F)
-        if D is not None:
-            D_ += tl.load(D[0] + d * D[1], in_d, 0.0).to(F)
-        if bias is not None:
-            bias_ += tl.load(bias[0] + d * bias[1], in_d, 0.0).to(F)
+        D_ = tl.load(D[0] + d * D[1], in_d, 0.0).to(F) if D is not None else tl.zeros((BLOCK_D,), F)
+        bias_ = tl.load(bias[0] + d * bias[1], in_d, 0.0).to(F) if bias is not None else tl.zeros((BLOCK_D,), F)
         return block, b, d, n, in_d, in_n, A_, D_, bias_
 
     @triton.jit
@@ -222,10 +205,7 @@ if triton is not None:
         """-> u_t, dt_t before and after the softplus (BLOCK_D); B_t (BLOCK_N); a_t (BLOCK_N, BLOCK_D)."""
         u_t = tl.load(at(u, b, d, t), in_d, 0.0).to(F)
         raw = tl.load(at(delta, b, d, t), in_d, 0.0).to(F) + bias
-        dt = raw
-        if SOFTPLUS:
-            dt = softplus(raw)
-        dt = tl.where(in_d, dt, 0.0)                                 # beyond the end, leave the state as it is
+        dt = tl.where(in_d, softplus(raw) if SOFTPLUS else raw, 0.0)  # beyond the end, leave the state as it is
         return u_t, raw, dt, tl.load(at(B, b, n, t), in_n, 0.0).to(F), tl.exp2(dt[None, :] * A)
 
     @triton.jit
@@ -236,9 +216,8 @@ if triton is not None:
         tile = in_n[:, None] & in_d[None, :]
         h = tl.zeros((BLOCK_N, BLOCK_D), F)
         for t in range(seqlen):
-            if SAVE and t % CHUNK == 0:
-                k = t // CHUNK * batch + b                           # states (chunks, batch, dstate, dim)
-                tl.store(states + (k * dstate + n[:, None]) * dim + d[None, :], h, tile)
+            if SAVE and t % CHUNK == 0:                              # states (chunks, batch, dstate, dim)
+                tl.store(states + ((t // CHUNK * batch + b) * dstate + n[:, None]) * dim + d[None, :], h, tile)
             u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, in_d, in_n, SOFTPLUS, F)
             h = a * h + B_t[:, None] * (dt * u_t)[None, :]
             C_t = tl.load(at(C, b, n, t), in_n, 0.0).to(F)
@@ -255,22 +234,20 @@ if triton is not None:
                         BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
         block, b, d, n, in_d, in_n, A_, D_, bias_ = prepare(A, D, bias, dim, dstate, F, BLOCK_N, BLOCK_D)
         tile = in_n[:, None] & in_d[None, :]
-        dD_sum, dbias_sum = tl.zeros((BLOCK_D,), F), tl.zeros((BLOCK_D,), F)
-        dA_sum, right = tl.zeros((BLOCK_N, BLOCK_D), F), tl.zeros((BLOCK_N, BLOCK_D), F)  # right: a_{t+1} g_{t+1}
-        chunks = tl.cdiv(seqlen, CHUNK)
-        for j in range(chunks):
-            first = (chunks - 1 - j) * CHUNK
-            k = (chunks - 1 - j) * batch + b
-            h = tl.load(states + (k * dstate + n[:, None]) * dim + d[None, :], tile, 0.0)
-            hs = (h,)                                                # hs[i] is the state before step first + i
+        dD_sum, dbias_sum, dA_sum = tl.zeros((BLOCK_D,), F), tl.zeros((BLOCK_D,), F), tl.zeros((BLOCK_N, BLOCK_D), F)
+        right = tl.zeros((BLOCK_N, BLOCK_D), F)                      # a_{t+1} g_{t+1}
+        for j in range(tl.cdiv(seqlen, CHUNK)):
+            k = tl.cdiv(seqlen, CHUNK) - 1 - j                       # the chunk: steps k CHUNK, k CHUNK + 1, ...
+            h = tl.load(states + ((k * batch + b) * dstate + n[:, None]) * dim + d[None, :], tile, 0.0)
+            hs = (h,)                                                # hs[i] is the state before step i of the chunk
             for i in tl.static_range(CHUNK):
-                t = first + i
+                t = k * CHUNK + i
                 u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, in_d & (t < seqlen),
                                                   in_n & (t < seqlen), SOFTPLUS, F)
                 h = a * h + B_t[:, None] * (dt * u_t)[None, :]
                 hs += (h,)
             for i in tl.static_range(CHUNK - 1, -1, -1):
-                t = first + i
+                t = k * CHUNK + i
                 in_dt, in_nt = in_d & (t < seqlen), in_n & (t < seqlen)
                 u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, in_dt, in_nt, SOFTPLUS, F)
                 C_t = tl.load(at(C, b, n, t), in_nt, 0.0).to(F)
@@ -293,11 +270,10 @@ if triton is not None:
                 dA_sum += dt[None, :] * w
                 dD_sum += dy * u_t
                 dbias_sum += ddt
-                # dB and dC sum over all channels: each block of channels leaves its part, (blocks, batch, seqlen, dstate)
+                # a sum over channels or batch is made later, of the parts that the blocks and sequences leave here
                 part = ((block * batch + b) * seqlen + t) * dstate + n
                 tl.store(dB + part, tl.sum(g * (dt * u_t)[None, :], 1), in_nt)
                 tl.store(dC + part, tl.sum(hs[i + 1] * dy[None, :], 1), in_nt)
-        # dA, dD and dbias sum over the batch: each sequence leaves its part, (batch, dstate, dim) and (batch, dim)
         tl.store(dA + (b * dstate + n[:, None]) * dim + d[None, :], dA_sum, tile)
         tl.store(dD + b * dim + d, dD_sum, in_d)
         tl.store(dbias + b * dim + d, dbias_sum, in_d)
@@ -316,17 +292,15 @@ def launch(kernel, u, A, tensors, buffers, **options):
 
 def triton_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
     """As `cpu_forward`. Raises RuntimeError where Triton cannot run."""
-    f = state_dtype(u)
-    out, last = torch.empty_like(u), u.new_empty(u.shape[0], *A.shape, dtype=f)
-    states = u.new_empty(states_shape(CHUNK, u, A, save), dtype=f)
-    launch(forward_kernel, u, A, (u, delta, A, B, C, D, z, delta_bias, out), (last, states),
-           SAVE=save, SOFTPLUS=delta_softplus)
+    out, f = torch.empty_like(u), torch.promote_types(u.dtype, torch.float32)
+    last, states = u.new_empty(u.shape[0], *A.shape, dtype=f), u.new_empty(states_shape(CHUNK, u, A, save), dtype=f)
+    launch(forward_kernel, u, A, (u, delta, A, B, C, D, z, delta_bias, out), (last, states), SAVE=save, SOFTPLUS=delta_softplus)
     return out, last, states
 
 
 def triton_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus):
     """As `cpu_backward`."""
-    (batch, dim, seqlen), dstate, f = u.shape, A.shape[1], state_dtype(u)
+    (batch, dim, seqlen), dstate, f = u.shape, A.shape[1], states.dtype
     du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), torch.empty_like(z) if z is not None else u.new_empty(0)
     dA, (dD, dbias) = u.new_empty(batch, dstate, dim, dtype=f), u.new_empty(2, batch, dim, dtype=f)
     dB, dC = u.new_empty(2, triton.cdiv(dim, BLOCK_D), batch, seqlen, dstate, dtype=f)
@@ -352,14 +326,13 @@ def make_scan(name, forward, backward, chunk):
 
     @op.register_fake                              # shapes and dtypes without the work, for torch.compile
     def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
-        shapes = (u.shape[0], *A.shape), states_shape(chunk, u, A, save)
-        return torch.empty_like(u), *(u.new_empty(shape, dtype=state_dtype(u)) for shape in shapes)
+        return torch.empty_like(u), *(u.new_empty(shape, dtype=torch.promote_types(u.dtype, torch.float32)) for shape in (
+            (u.shape[0], *A.shape), states_shape(chunk, u, A, save)))
 
     @op_backward.register_fake
     def _(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus):
-        new, dz = states.new_empty, torch.empty_like(z) if z is not None else u.new_empty(0)
-        return (torch.empty_like(u), torch.empty_like(delta), new(A.shape), new(B.shape), new(C.shape), new(A.shape[:1]), dz,
-                new(A.shape[:1]))
+        dA, dB, dC, dD, dbias = map(states.new_empty, (A.shape, B.shape, C.shape, A.shape[:1], A.shape[:1]))
+        return torch.empty_like(u), torch.empty_like(delta), dA, dB, dC, dD, u.new_empty(0) if z is None else torch.empty_like(z), dbias
 
     def save_inputs(ctx, inputs, output):
         *tensors, ctx.delta_softplus, _ = inputs
@@ -388,11 +361,10 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 
     A drop-in for `selective_scan_fn` of the mamba_ssm package, for real A and for B, C that vary with time.
 
-    u, delta, z (batch, dim, seqlen), B, C (batch, dstate, seqlen), with any strides; A (dim, dstate), negative for a state
-    that decays; D, delta_bias (dim,). D, z and delta_bias may be None. dt = delta + delta_bias, or softplus of that.
-
+    u, delta, z (batch, dim, seqlen); A (dim, dstate), negative for a state that decays; B, C (batch, dstate, seqlen); D,
+    delta_bias (dim,). Any strides. D, z, delta_bias may be None. dt is delta + delta_bias, or the softplus of that.
     Returns out (batch, dim, seqlen) in u's dtype; with return_last_state also h after the last step (batch, dim, dstate),
-    through which no gradient flows. States are float32 (float64 for float64 u) whatever the inputs are.
+    through which no gradient flows. States are float32, for float64 u float64, whatever the inputs are.
     Raises ValueError for arguments of another form.
     """
     scan = selective_scan_triton if u.is_cuda and triton is not None else selective_scan_cpu
@@ -409,17 +381,16 @@ def check_and_benchmark(device):
     from torch.utils.benchmark import Timer
     print(f"{device}, {torch.get_num_threads()} threads, float32, forward + backward, (batch, seqlen, dim, dstate): largest "
           "error against float64, relative to the largest value; median time; and beside it that of the plain loop")
-    for sizes in ((1, 1, 16, 1), (2, 31, 70, 5), (1, 257, 40, 16), (32, 27, 64, 16), (128, 27, 128, 16), (256, 17, 256, 16)):
-        batch, seqlen, dim, dstate = sizes
-        u, B, v = (batch, dim, seqlen), (batch, dstate, seqlen), (dim,)
-        inputs = [torch.randn(shape, device=device).requires_grad_() for shape in (u, u, (dim, dstate), B, B, v, u, v)]
-        inputs[2].data = -dstate * torch.rand_like(inputs[2])        # A
+    for b, l, d, n in ((1, 1, 16, 1), (2, 31, 70, 5), (1, 257, 40, 16), (32, 27, 64, 16), (128, 27, 128, 16), (256, 17, 256, 16)):
+        shapes = (b, d, l), (b, d, l), (d, n), (b, n, l), (b, n, l), (d,), (b, d, l), (d,)
+        inputs = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
+        inputs[2].data = -n * torch.rand_like(inputs[2])             # A
         exact = both_passes(selective_scan_ref, [x.detach().double().requires_grad_() for x in inputs])
         error = max(((x - y).abs().max() / y.abs().max().clamp(min=1e-6)).item()
                     for x, y in zip(both_passes(selective_scan, inputs), exact))
-        fast, plain = (Timer("both_passes(scan, inputs)", globals=globals() | {"scan": scan, "inputs": inputs})
-                       .blocked_autorange(min_run_time=1).median * 1e3 for scan in (selective_scan, selective_scan_ref))
-        print(f"{str(sizes):20} error {error:.1e}, {fast:8.3f} ms, loop {plain:8.3f} ms: {plain / fast:4.1f} times faster")
+        fast, plain = (Timer("f(scan, inputs)", globals={"f": both_passes, "scan": scan, "inputs": inputs}).blocked_autorange(
+            min_run_time=1).median * 1e3 for scan in (selective_scan, selective_scan_ref))
+        print(f"{(b, l, d, n)!s:20} error {error:.1e}, {fast:8.3f} ms, loop {plain:8.3f} ms: {plain / fast:4.1f} times faster")
         assert error < 1e-4, "the implementations disagree"
 
 

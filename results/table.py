@@ -1,0 +1,26 @@
+"""Prints, as Markdown, what the recorded runs beside this file ended with: python results/table.py"""
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from train import make_flags, verdict  # noqa: E402
+
+_, defaults = make_flags()
+print("| command | accuracy | forced: first hop, worst later node | steps | minutes |\n|---|---|---|---|---|")
+sentences = []
+for file in sorted(HERE.glob("*.jsonl")):
+    header, *lines = map(json.loads, file.read_text().splitlines())
+    config, last = header["config"], lines[-1]
+    command = "python train.py"
+    for flag, value in config.items():
+        default = defaults[flag][config["model"]] if value is not None and isinstance(defaults[flag], dict) else defaults[flag]
+        if flag not in ("out_dir", "overwrite") and value is not None and value != default:
+            command += f" --{flag}" + ("" if value is True else f" {value}")
+    hops = last["forced_node_accuracy"]
+    forced = "-" if hops is None else f"{hops[1]:.1%}, {min(hops[2:]):.1%}"
+    print(f"| `{command}` | {last['accuracy']:.1%} | {forced} | {last['iter']} | {last['elapsed_s'] / 60:.1f} |")
+    sentences.append(f"- `{command}`: {verdict(last, config)}")
+print(f"\n{header['machine']}, torch {header['versions']['torch']}; seed {config['seed']}.\n")
+print("\n".join(sentences))
