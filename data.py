@@ -14,6 +14,7 @@ in teacherless training, is num_nodes + 3. Commas are not tokens. So the prefix 
 import argparse
 import math
 import re
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -246,7 +247,7 @@ class Flags(argparse.ArgumentParser):
     """argparse, but what is wrong is said in one line, and help shows the defaults."""
 
     def __init__(self, doc):
-        super().__init__(description=doc.strip().split("\n")[0], allow_abbrev=False,
+        super().__init__(description=doc.split("\n")[0], allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
@@ -267,8 +268,12 @@ def main():
         flags.error(str(error))
     if args.n < 0 or args.seed < 0:
         flags.error(f"-n and --seed must not be negative, got {args.n} and {args.seed}")
-    for line in text(star, *draw(star, args.n, np.random.default_rng(args.seed))):
-        print(line)
+    rng = np.random.default_rng(args.seed)
+    try:
+        for first in range(0, args.n, 100_000):
+            print(*text(star, *draw(star, min(100_000, args.n - first), rng)), sep="\n")
+    except BrokenPipeError:                                          # the reader, `head` say, has seen enough
+        sys.stderr.close()
 
 
 if __name__ == "__main__":

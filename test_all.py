@@ -421,6 +421,20 @@ def test_gpt_is_gpt2():
         GPTConfig(n_head=5, n_embd=16)
 
 
+def test_gpt_starts_as_gpt2_at_its_width():
+    for width in (96, 768):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(vocab_size=500, block_size=64, n_layer=2, n_head=2, n_embd=width))
+        scale = math.sqrt(768 / width)
+        for name, std in (("attn.c_attn", 0.02 * scale), ("mlp.c_fc", 0.02 * scale), ("mlp.c_proj", 0.01 * scale)):
+            assert model.state_dict()[f"transformer.h.0.{name}.weight"].std().item() == pytest.approx(std, rel=0.05)
+        assert model.lm_head.weight is model.transformer.wte.weight
+        assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        table = model.transformer.wpe.weight                         # of sinusoids: one step is the same rotation everywhere
+        products = (table[:-1] * table[1:]).sum(dim=1)
+        torch.testing.assert_close(products, products[:1].expand(63))
+
+
 def test_mamba_is_mamba():
     """Names and shapes as in state-spaces/mamba; the numbers, against the paper's equations on the raw weights."""
     model = small("mamba").double()
@@ -764,3 +778,11 @@ def test_a_script_refuses_in_one_line():
     fails("train.py", "--num_nodes", 3, says="train.py: num_nodes must be at least 9")
     fails("data.py", "--deg", -1, says="data.py: deg must be at least 1")
     fails("sample.py", says="--out_dir")
+
+
+def test_readme_shows_what_the_logs_say():
+    table = run("results/table.py")
+    assert table.returncode == 0 and table.stdout.count("| `python train.py") >= 5
+    readme = (HERE / "README.md").read_text()
+    for line in filter(None, table.stdout.splitlines()):
+        assert line in readme, line

@@ -70,7 +70,7 @@ def make_flags():
     add("d_state", {"mamba": 8}, "numbers of state per channel")
     group = flags.add_argument_group("optimization")
     add("batch_size", 128, "examples a step, over all processes")
-    add("max_iters", 3000, f"steps at most; a run stops when accuracy reaches {SOLVED}")
+    add("max_iters", {"gpt": 3000, "mamba": 2200}, f"steps at most; a run stops when accuracy reaches {SOLVED}")
     add("lr", {"gpt": 1e-3, "mamba": 4e-3}, "learning rate after the warm-up")
     add("weight_decay", 0.01, "AdamW's, on matrices")
     add("warmup_iters", 100, "steps over which the learning rate rises from 0")
@@ -132,11 +132,11 @@ def out_dir_of(config):
 
 
 def build_model(config, star):
-    cls, Config = model_class(config["model"])
+    model, Config = model_class(config["model"])
     settings = {field: config[flag] for flag, field in model_fields(config["model"]).items()}
     if "block_size" in {field.name for field in dataclasses.fields(Config)}:
         settings["block_size"] = star.prefix_len + star.path_len
-    return cls(Config(vocab_size=star.vocab_size, **settings))
+    return model(Config(vocab_size=star.vocab_size, **settings))
 
 
 def load_checkpoint(file):
@@ -166,14 +166,12 @@ def prompts_and_targets(config, prefixes, paths):
 
 def model_input(prompts, targets, dollar=None):
     """The prompts and, behind them, the targets but the last: the true ones (teacher forcing), or `dollar` in their place."""
-    fed = targets[:, :-1] if dollar is None else torch.full_like(targets[:, :-1], dollar)
-    return torch.cat([prompts, fed], dim=1)
+    return torch.cat([prompts, targets[:, :-1] if dollar is None else torch.full_like(targets[:, :-1], dollar)], dim=1)
 
 
 def loss_targets(prompts, targets):
     """What each position of the input is to predict: -1, nothing, within the prompt."""
-    nothing = torch.full_like(prompts[:, 1:], -1)
-    return torch.cat([nothing, targets], dim=1)
+    return torch.cat([torch.full_like(prompts[:, 1:], -1), targets], dim=1)
 
 
 @torch.no_grad()
@@ -198,11 +196,12 @@ def predict(model, prompts, targets, dollar, at_once=1000):
 
 def summary(own, forced, targets):
     """The shares of right answers (whole, and token by token) among what `predict` returned."""
-    shares = []
-    for right in (own == targets, None if forced is None else forced == targets):
-        shares += [None, None] if right is None else [right.all(dim=1).double().mean().item(),
-                                                      right.double().mean(dim=0).tolist()]
-    return dict(zip(("accuracy", "node_accuracy", "forced_accuracy", "forced_node_accuracy"), shares))
+    result = {}
+    for phase, tokens in (("", own), ("forced_", forced)):
+        right = None if tokens is None else (tokens == targets).double()
+        result[phase + "accuracy"] = None if right is None else right.prod(dim=1).mean().item()
+        result[phase + "node_accuracy"] = None if right is None else right.mean(dim=0).tolist()
+    return result
 
 
 def verdict(result, config):
@@ -219,6 +218,17 @@ def verdict(result, config):
         return (f"{seen}: the Clever Hans cheat. Given the true nodes before, every later node is right "
                 f"({min(forced[2:]):.1%} or more), but the first hop is a guess ({forced[1]:.1%}).")
     return f"{seen}: neither solved nor the cheat; not trained enough to tell."
+
+
+def report(line, config):
+    """A log line to read."""
+    def percent(what, shares):
+        return f" | {what} " + " ".join(f"{100 * share:.0f}" for share in shares) if shares else ""
+    loss = f" | loss {line['train_loss']:.4f}" if line["train_loss"] is not None else ""
+    left = int((config["max_iters"] - line["iter"]) * line["elapsed_s"] / max(1, line["iter"]))
+    return (f"iter {line['iter']:5}{loss} | accuracy {line['accuracy']:6.1%} (guessing: {1 / config['deg']:.0%})"
+            + percent("nodes", line["node_accuracy"]) + percent("forced", line["forced_node_accuracy"])
+            + f" | {left // 60}:{left % 60:02} left" * (line["iter"] > 0))
 
 
 @functools.lru_cache(maxsize=2)
@@ -294,7 +304,7 @@ def open_log(config, ckpt, device):
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         lines = [json.dumps({"config": config, "versions": versions, "machine": machine})]
     log = open(file, "w")
-    log.write("".join(line + "\n" for line in lines))
+    print(*lines, sep="\n", file=log)
     return log
 
 
@@ -302,20 +312,16 @@ def main():
     flags, defaults = make_flags()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
     try:
-        config, ckpt, star, train, test, warnings, model, device, dtype = setup(
-            vars(flags.parse_args()), defaults, rank, world)
-        log = open_log(config, ckpt, device) if rank == 0 else None
+        given = vars(flags.parse_args())
+        config, ckpt, star, train, test, warnings, model, device, dtype = setup(given, defaults, rank, world)
+        log = open_log(config, ckpt, device) if rank == 0 else None  # the first thing that is written
     except (ValueError, OSError) as error:
         flags.error(str(error))
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-    def say(*words):
-        if rank == 0:
-            print(*words, flush=True)
-
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
     for warning in warnings:
         say("warning:", warning)
     dollar = star.dollar if config["teacherless"] else None
@@ -336,11 +342,10 @@ def main():
 
     optimizer = make_optimizer(model, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    start, elapsed = 0, 0.0
     if ckpt:
         optimizer.load_state_dict(ckpt["optimizer"])
         scaler.load_state_dict(ckpt["scaler"])
-        start, elapsed = ckpt["iter"], ckpt["elapsed_s"]
+    start, elapsed = (ckpt["iter"], ckpt["elapsed_s"]) if ckpt else (0, 0.0)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     step_model = torch.compile(model) if config["compile"] else model
     if world > 1:
@@ -368,7 +373,7 @@ def main():
                 save({"model": model.state_dict(), "config": config, "optimizer": optimizer.state_dict(),
                       "scaler": scaler.state_dict(), "iter": it, "elapsed_s": elapsed, "result": result},
                      os.path.join(config["out_dir"], "ckpt.pt"))
-                say(report(line, config, (config["max_iters"] - it) * elapsed / it if it else None))
+                say(report(line, config))
             loss_sum.zero_()
             losses = 0
         if it == config["max_iters"] or result["accuracy"] >= SOLVED:
@@ -389,17 +394,6 @@ def main():
     if world > 1:
         dist.barrier()                                               # rank 0 serves the others: it must not leave first
         dist.destroy_process_group()
-
-
-def report(line, config, left):
-    """A log line to read."""
-    def percent(shares):
-        return " ".join(f"{100 * share:.0f}" for share in shares)
-    loss = "" if line["train_loss"] is None else f" | loss {line['train_loss']:.4f}"
-    forced = "" if line["forced_node_accuracy"] is None else f" | forced {percent(line['forced_node_accuracy'])}"
-    time_left = "" if left is None else f" | {left // 60:.0f}:{left % 60:02.0f} left"
-    return (f"iter {line['iter']:5}{loss} | accuracy {line['accuracy']:6.1%} (guessing: {1 / config['deg']:.0%}) | "
-            f"nodes {percent(line['node_accuracy'])}{forced}{time_left}")
 
 
 if __name__ == "__main__":
