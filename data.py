@@ -212,12 +212,13 @@ def datasets(deg=None, path_len=None, num_nodes=None, n_train=None, n_test=None,
     Raises ValueError for a malformed file (OSError for a missing one), contradictions and too small a space of graphs.
     """
     files = {name: read_graphs(file, n, num_nodes) for name, file, n in
-             (("train", train_file, n_train), ("test", test_file, n_test)) if file}
+             (("train", train_file, n_train), ("test", test_file, n_test)) if file is not None}
     for edges, paths in files.values():
         found = edges.shape[1] // (paths.shape[1] - 1), paths.shape[1]
         if deg not in (None, found[0]) or path_len not in (None, found[1]):
-            raise ValueError(f"the file's graphs have deg {found[0]} and path_len {found[1]}, "
-                             f"not deg {deg} and path_len {path_len} as asked for or found in the other file")
+            raise ValueError(f"the file's graphs have deg {found[0]} and path_len {found[1]}, not "
+                             + " and ".join(f"{name} {x}" for name, x in (("deg", deg), ("path_len", path_len)) if x is not None)
+                             + " as asked for or found in the other file")
         deg, path_len = found
     if num_nodes is None:
         num_nodes = max(edges.max() for edges, _ in files.values()).item() + 1
@@ -251,7 +252,7 @@ class Flags(argparse.ArgumentParser):
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def main():
@@ -274,6 +275,8 @@ def main():
             print(*text(star, *draw(star, min(100_000, args.n - first), rng)), sep="\n")
     except BrokenPipeError:                                          # the reader, `head` say, has seen enough
         sys.stderr.close()
+    except MemoryError:
+        flags.error(f"graphs with {star.num_nodes} names do not fit into memory")
 
 
 if __name__ == "__main__":

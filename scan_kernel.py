@@ -13,12 +13,13 @@ delta  (batch, dim, seqlen)      Delta; dt_t is Delta_t after        D  (dim,)  
 B, C   (batch, dstate, seqlen)   how a token writes to the state and reads from it: "selective", as they vary with t
 
 `selective_scan_ref` reads like the equations. `selective_scan_cpu` is PyTorch in cache-sized pieces, `selective_scan_triton`
-GPU kernels; both have the backward pass written by hand. `selective_scan` picks between the two by the tensor's device.
+GPU kernels, both with a backward pass written by hand. `selective_scan` picks one of the two by the tensor's device.
 
-The backward pass. Call g_t the gradient of the loss with respect to h_t, which is used twice, by y_t and by h_{t+1}:
+The backward pass. Write dX for the gradient of the loss with respect to X, and g_t for dh_t. The gate gives
+dy_t = dout_t silu(z_t) and dz_t = dout_t y_t silu'(z_t). h_t is used twice, by y_t and by h_{t+1}:
 
     g_t = C_t dy_t + a_{t+1} g_{t+1}        the recurrence again, run from right to left
-    dC_t = sum_d h_t dy_t                   dB_t = sum_d g_t x_t
+    dC_t = sum_channels h_t dy_t            dB_t = sum_channels g_t x_t
     dx_t = <B_t, g_t>                       du_t = dt_t dx_t + D dy_t
     w_t = a_t g_t h_{t-1}                   the gradient of the exponent dt_t A
     dA = sum_{b,t} dt_t w_t                 ddt_t = <A, w_t> + u_t dx_t
@@ -283,7 +284,7 @@ def launch(kernel, u, A, tensors, buffers, **options):
     """Starts a program for each sequence and each block of channels; tensors go with their strides, buffers without."""
     if triton is None or not (u.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         raise RuntimeError("selective_scan_triton needs triton and a GPU, or TRITON_INTERPRET=1 set before Python starts")
-    if u.shape[0]:
+    with torch.cuda.device_of(u):                                    # Triton starts kernels on the current device
         kernel[(u.shape[0] * triton.cdiv(u.shape[1], BLOCK_D),)](
             *(None if x is None else (x, *x.stride()) for x in tensors), *buffers, u.shape[0], u.shape[1], u.shape[2],
             A.shape[1], F=tl.float64 if u.dtype == torch.float64 else tl.float32, CHUNK=CHUNK, BLOCK_D=BLOCK_D,

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Flags, datasets, draw_unseen, keys
+from data import Flags, PathStar, datasets, draw_unseen, keys
 
 MODELS = {"gpt": "GPT", "mamba": "Mamba"}  # name: class, in model_<name>.py, with its settings in <class>Config
 MODEL_FLAGS = "n_layer", "n_embd", "n_head", "d_state"
@@ -112,10 +112,10 @@ def resolve(given, defaults):
             config.update({number: None, "deg": None, "path_len": None, "num_nodes": None})
     config.update(given)
     for flag in ("n_layer", "n_embd", "n_head", "d_state", "n_test", "batch_size", "max_iters", "eval_interval", "lr"):
-        if config[flag] is not None and not config[flag] > 0:
+        if config[flag] is not None and not 0 < config[flag] < float("inf"):
             raise ValueError(f"--{flag} must be positive, got {config[flag]}")
     for flag in ("n_train", "weight_decay", "warmup_iters", "seed"):
-        if config[flag] is not None and not config[flag] >= 0:
+        if config[flag] is not None and not 0 <= config[flag] < float("inf"):
             raise ValueError(f"--{flag} must not be negative, got {config[flag]}")
     if config["only_first_hop"] and (config["teacherless"] or config["reverse"]):
         raise ValueError("--only_first_hop predicts one token, from the prefix and the start: it goes neither with "
@@ -135,20 +135,26 @@ def build_model(config, star):
     model, Config = model_class(config["model"])
     settings = {field: config[flag] for flag, field in model_fields(config["model"]).items()}
     if "block_size" in {field.name for field in dataclasses.fields(Config)}:
-        settings["block_size"] = star.prefix_len + star.path_len
+        settings["block_size"] = star.prefix_len + star.path_len - 1  # the last target is predicted, not read
     return model(Config(vocab_size=star.vocab_size, **settings))
 
 
-def load_checkpoint(file):
-    """What train.py saved. Raises OSError where there is no file and ValueError where it is something else."""
-    with open(file, "rb"):
-        try:
-            ckpt = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{file} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
-    if not isinstance(ckpt, dict) or not {"model", "config", "optimizer", "iter"} <= ckpt.keys():
-        raise ValueError(f"{file} is not a checkpoint of train.py: it should hold model, config, optimizer and iter")
-    return ckpt
+def load_run(out_dir):
+    """-> what train.py saved in out_dir, the PathStar and the model. Raises OSError where there is no checkpoint, ValueError
+    where it is anything else than one of train.py."""
+    file = os.path.join(out_dir, "ckpt.pt")
+    open(file, "rb").close()
+    try:                                   # whatever a stranger's file makes go wrong, this is what is wrong with it
+        ckpt = torch.load(file, map_location="cpu", weights_only=True)
+        star = PathStar(*(ckpt["config"][flag] for flag in ("deg", "path_len", "num_nodes")))
+        model = build_model(ckpt["config"], star)
+        model.load_state_dict(ckpt["model"])
+        make_optimizer(model, ckpt["config"], torch.device("cpu")).load_state_dict(ckpt["optimizer"])
+        if not {"scaler", "iter", "elapsed_s", "result"} <= ckpt.keys():
+            raise KeyError("scaler, iter, elapsed_s or result")
+    except Exception as error:
+        raise ValueError(f"{file} does not hold a run of train.py: {type(error).__name__} {str(error)[:200]}") from None
+    return ckpt, star, model
 
 
 def save(ckpt, file):
@@ -209,7 +215,7 @@ def verdict(result, config):
     accuracy, chance, forced = result["accuracy"], 1 / config["deg"], result["forced_node_accuracy"]
     seen = f"accuracy {accuracy:.1%}, where guessing an arm gives {chance:.1%}"
     what = "the first hop" if config["only_first_hop"] else "the path"
-    margin = 4 * (chance * (1 - chance) / config["n_test"]) ** 0.5 + 0.02
+    margin = 0.02 + 4 * (chance * (1 - chance) / config["n_test"]) ** 0.5    # four standard errors of a guesser's accuracy
     if accuracy >= 0.99:
         return f"{seen}: solved, the model finds {what}."
     if config["only_first_hop"] and abs(accuracy - chance) < margin:
@@ -217,7 +223,7 @@ def verdict(result, config):
     if forced and len(forced) > 2 and not config["reverse"] and min(forced[2:]) >= 0.99 and abs(forced[1] - chance) < margin:
         return (f"{seen}: the Clever Hans cheat. Given the true nodes before, every later node is right "
                 f"({min(forced[2:]):.1%} or more), but the first hop is a guess ({forced[1]:.1%}).")
-    return f"{seen}: neither solved nor the cheat; not trained enough to tell."
+    return f"{seen}: neither solved nor the cheat. Not trained enough, or not on enough graphs."
 
 
 def report(line, config):
@@ -259,7 +265,9 @@ def setup(given, defaults, rank, world):
     config = resolve(given, defaults)
     ckpt = None
     if config["resume"]:
-        ckpt = load_checkpoint(os.path.join(config["out_dir"] or out_dir_of(config), "ckpt.pt"))
+        if config["out_dir"] is None and config["deg"] is None:
+            raise ValueError("--resume needs --out_dir where the graphs come from files")
+        ckpt, _, model = load_run(config["out_dir"] or out_dir_of(config))
         for flag in given.keys() - {"resume", "out_dir"}:
             if given[flag] != ckpt["config"].get(flag):
                 raise ValueError(f"--{flag} {given[flag]} contradicts the run to resume, which has {ckpt['config'].get(flag)}")
@@ -276,17 +284,17 @@ def setup(given, defaults, rank, world):
     name = config["device"] if config["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except Exception as error:
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = getattr(torch, config["dtype"] if config["dtype"] != "auto" else "bfloat16" if bf16 else "float32")
     if dtype == torch.float16 and device.type != "cuda":
         raise ValueError("--dtype float16 needs a GPU: use float32 or bfloat16")
     torch.manual_seed(config["seed"])
-    model = build_model(config, star)
-    if ckpt:
-        model.load_state_dict(ckpt["model"])
+    model = model if ckpt else build_model(config, star)
     return config, ckpt, star, train, test, warnings, model.to(device), device, dtype
 
 
@@ -296,16 +304,19 @@ def open_log(config, ckpt, device):
     if ckpt:
         with open(file) as f:
             header, *lines = f.read().splitlines()
-        lines = [header] + [line for line in lines if json.loads(line)["iter"] <= ckpt["iter"]]
+        lines = [header] + [line for line in lines if line.endswith("}") and json.loads(line)["iter"] <= ckpt["iter"]]
     else:
         os.makedirs(config["out_dir"], exist_ok=True)
         gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
         machine = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads{gpu}"
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         lines = [json.dumps({"config": config, "versions": versions, "machine": machine})]
-    log = open(file, "w")
-    print(*lines, sep="\n", file=log)
-    return log
+        if os.path.exists(old := os.path.join(config["out_dir"], "ckpt.pt")):
+            os.remove(old)                 # --overwrite
+    with open(file + ".tmp", "w") as log:
+        print(*lines, sep="\n", file=log)
+    os.replace(file + ".tmp", file)
+    return open(file, "a", buffering=1)    # a line is in the file once it is printed
 
 
 def main():
@@ -315,11 +326,9 @@ def main():
         given = vars(flags.parse_args())
         config, ckpt, star, train, test, warnings, model, device, dtype = setup(given, defaults, rank, world)
         log = open_log(config, ckpt, device) if rank == 0 else None  # the first thing that is written
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         flags.error(str(error))
     if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     say = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
     for warning in warnings:
@@ -368,8 +377,7 @@ def main():
             line = {"iter": it, "examples": it * config["batch_size"], "elapsed_s": round(elapsed, 2),
                     "train_loss": loss_sum.item() / (losses * world) if losses else None, "lr": lr, **result}
             if rank == 0:
-                log.write(json.dumps(line) + "\n")
-                log.flush()
+                print(json.dumps(line), file=log)
                 save({"model": model.state_dict(), "config": config, "optimizer": optimizer.state_dict(),
                       "scaler": scaler.state_dict(), "iter": it, "elapsed_s": elapsed, "result": result},
                      os.path.join(config["out_dir"], "ckpt.pt"))

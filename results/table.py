@@ -18,8 +18,8 @@ for file in sorted(HERE.glob("*.jsonl")):
         default = defaults[flag][config["model"]] if value is not None and isinstance(defaults[flag], dict) else defaults[flag]
         if flag not in ("out_dir", "overwrite") and value is not None and value != default:
             command += f" --{flag}" + ("" if value is True else f" {value}")
-    hops = last["forced_node_accuracy"]
-    forced = "-" if hops is None else f"{hops[1]:.1%}, {min(hops[2:]):.1%}"
+    hops = last["forced_node_accuracy"] or []
+    forced = f"{hops[1]:.1%}, {min(hops[2:]):.1%}" if len(hops) > 2 else "-"
     print(f"| `{command}` | {last['accuracy']:.1%} | {forced} | {last['iter']} | {last['elapsed_s'] / 60:.1f} |")
     sentences.append(f"- `{command}`: {verdict(last, config)}")
 print(f"\n{header['machine']}, torch {header['versions']['torch']}; seed {config['seed']}.\n")
