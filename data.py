@@ -1,4 +1,4 @@
-"""The path-star task (Bachmann & Nagarajan 2024, arXiv 2403.06963, section 4): graphs, their tokens, their text form.
+"""The path-star task (Bachmann & Nagarajan 2024, arXiv 2403.06963, figure 1): graphs, their tokens, their text form.
 
 A path-star graph G(deg, path_len) has one start node, from which `deg` arms go out. Following an arm gives a path of
 `path_len` nodes, the start included. Nodes carry names drawn from 0 .. num_nodes - 1 without repetition. One arm's last

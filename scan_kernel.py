@@ -12,8 +12,8 @@ delta  (batch, dim, seqlen)      Delta; dt_t is Delta_t after        D  (dim,)  
                                  delta_bias (dim,) and softplus      z  (batch, dim, seqlen)  the gating branch
 B, C   (batch, dstate, seqlen)   how a token writes to the state and reads from it: "selective", as they vary with t
 
-`selective_scan_ref` reads like the equations. `selective_scan_cpu` is PyTorch in cache-sized pieces, `selective_scan_triton`
-GPU kernels, both with a backward pass written by hand. `selective_scan` picks one of the two by the tensor's device.
+`selective_scan_ref` reads like the equations, `selective_scan_cpu` is PyTorch in cache-sized pieces, `selective_scan_triton`
+GPU kernels, both with a backward pass by hand. `selective_scan` picks one of these two by the tensor's device.
 
 The backward pass. Write dX for the gradient of the loss with respect to X, and g_t for dh_t. The gate gives
 dy_t = dout_t silu(z_t) and dz_t = dout_t y_t silu'(z_t). h_t is used twice, by y_t and by h_{t+1}:
@@ -26,8 +26,7 @@ dy_t = dout_t silu(z_t) and dz_t = dout_t y_t silu'(z_t). h_t is used twice, by 
 
 It needs every h_t. Storing them would take N times the memory of u, so the forward pass keeps the state at the start of
 each chunk of time only, and the backward pass walks the chunks from right to left and computes their states anew.
-
-    python scan_kernel.py        checks the implementations against each other and times them on this machine
+`python scan_kernel.py` checks the implementations against each other and times them on this machine.
 """
 import math
 import os

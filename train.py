@@ -1,6 +1,6 @@
 """Trains a model to find the path in path-star graphs, and shows whether it learned to plan or to cheat.
 
-Three ways to train (Bachmann & Nagarajan 2024, sections 3 and 6.1), one loop. With a prefix p and a target path 7 3 9:
+Three ways to train (Bachmann & Nagarajan 2024, figure 1), one loop. With a prefix p and a target path 7 3 9:
 
     teacher forcing (default)   input  p 7 3     to predict  7 3 9     each token from the true ones before it
     --teacherless               input  p $ $     to predict  7 3 9     each token from the prefix alone
@@ -10,7 +10,6 @@ Two phases are kept apart in every evaluation: *inference* (`accuracy`, `node_ac
 tokens, and the *forced* pass (`forced_accuracy`, `forced_node_accuracy`), where it reads the true ones as in training.
 
     python train.py --model mamba --teacherless
-    torchrun --standalone --nproc_per_node=2 train.py --model mamba --teacherless
 """
 import argparse
 import dataclasses
@@ -30,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data import Flags, PathStar, datasets, draw_unseen, keys
 
 MODELS = {"gpt": "GPT", "mamba": "Mamba"}  # name: class, in model_<name>.py, with its settings in <class>Config
-MODEL_FLAGS = "n_layer", "n_embd", "n_head", "d_state"
+FIELDS = {"n_layer": "n_layer", "n_embd": "n_embd", "d_model": "n_embd", "n_head": "n_head", "d_state": "d_state"}
+                                           # field of a model's config: the flag that sets it
 SOLVED = 0.995                             # the accuracy at which a run stops
 
 
@@ -88,24 +88,20 @@ def make_flags():
 
 
 def model_class(name):
+    """-> the model's class, its config's class, and the names of the config's fields"""
     module = importlib.import_module(f"model_{name}")
-    return getattr(module, MODELS[name]), getattr(module, MODELS[name] + "Config")
-
-
-def model_fields(name):
-    """-> {flag: field of the model's config} for the flags that this model has."""
-    fields = {field.name for field in dataclasses.fields(model_class(name)[1])}
-    found = {flag: flag for flag in MODEL_FLAGS if flag in fields}
-    return found | {"n_embd": "d_model"} if "d_model" in fields else found
+    Config = getattr(module, MODELS[name] + "Config")
+    return getattr(module, MODELS[name]), Config, {field.name for field in dataclasses.fields(Config)}
 
 
 def resolve(given, defaults):
     """The flags that were given, and defaults for the rest. Raises ValueError for a combination that makes no sense."""
     name = given.get("model", defaults["model"])
     config = {flag: d.get(name, next(iter(d.values()))) if isinstance(d, dict) else d for flag, d in defaults.items()}
-    for flag in set(MODEL_FLAGS) - set(model_fields(name)):
+    settings = [FIELDS[field] for field in FIELDS if field in model_class(name)[2]]
+    for flag in set(FIELDS.values()) - set(settings):
         if flag in given:
-            raise ValueError(f"--{flag} is not a setting of --model {name}, which has --" + " --".join(model_fields(name)))
+            raise ValueError(f"--{flag} is not a setting of --model {name}, which has --" + " --".join(settings))
         config[flag] = None
     for file, number in (("train_file", "n_train"), ("test_file", "n_test")):
         if file in given:
@@ -132,16 +128,14 @@ def out_dir_of(config):
 
 
 def build_model(config, star):
-    model, Config = model_class(config["model"])
-    settings = {field: config[flag] for flag, field in model_fields(config["model"]).items()}
-    if "block_size" in {field.name for field in dataclasses.fields(Config)}:
-        settings["block_size"] = star.prefix_len + star.path_len - 1  # the last target is predicted, not read
-    return model(Config(vocab_size=star.vocab_size, **settings))
+    model, Config, fields = model_class(config["model"])
+    settings = {field: config[flag] for field, flag in FIELDS.items()} | {
+        "vocab_size": star.vocab_size, "block_size": star.prefix_len + star.path_len - 1}  # the last target is never read
+    return model(Config(**{field: value for field, value in settings.items() if field in fields}))
 
 
 def load_run(out_dir):
-    """-> what train.py saved in out_dir, the PathStar and the model. Raises OSError where there is no checkpoint, ValueError
-    where it is anything else than one of train.py."""
+    """-> the checkpoint in out_dir, its PathStar and model. Raises OSError where there is none, ValueError for another's."""
     file = os.path.join(out_dir, "ckpt.pt")
     open(file, "rb").close()
     try:                                   # whatever a stranger's file makes go wrong, this is what is wrong with it
@@ -150,8 +144,7 @@ def load_run(out_dir):
         model = build_model(ckpt["config"], star)
         model.load_state_dict(ckpt["model"])
         make_optimizer(model, ckpt["config"], torch.device("cpu")).load_state_dict(ckpt["optimizer"])
-        if not {"scaler", "iter", "elapsed_s", "result"} <= ckpt.keys():
-            raise KeyError("scaler, iter, elapsed_s or result")
+        ckpt["scaler"], ckpt["iter"], ckpt["elapsed_s"], ckpt["result"]
     except Exception as error:
         raise ValueError(f"{file} does not hold a run of train.py: {type(error).__name__} {str(error)[:200]}") from None
     return ckpt, star, model
@@ -214,15 +207,14 @@ def verdict(result, config):
     """One sentence on what an evaluation shows."""
     accuracy, chance, forced = result["accuracy"], 1 / config["deg"], result["forced_node_accuracy"]
     seen = f"accuracy {accuracy:.1%}, where guessing an arm gives {chance:.1%}"
-    what = "the first hop" if config["only_first_hop"] else "the path"
     margin = 0.02 + 4 * (chance * (1 - chance) / config["n_test"]) ** 0.5    # four standard errors of a guesser's accuracy
     if accuracy >= 0.99:
-        return f"{seen}: solved, the model finds {what}."
+        return f"{seen}: solved, the model finds the {'first hop' if config['only_first_hop'] else 'path'}."
     if config["only_first_hop"] and abs(accuracy - chance) < margin:
         return f"{seen}: the first hop alone is not learned, the model guesses (the indecipherable token)."
     if forced and len(forced) > 2 and not config["reverse"] and min(forced[2:]) >= 0.99 and abs(forced[1] - chance) < margin:
-        return (f"{seen}: the Clever Hans cheat. Given the true nodes before, every later node is right "
-                f"({min(forced[2:]):.1%} or more), but the first hop is a guess ({forced[1]:.1%}).")
+        return (f"{seen}: the Clever Hans cheat. Given the true nodes before, the first hop is right {forced[1]:.1%} of the "
+                f"time, a guess, but the worst of the later nodes {min(forced[2:]):.1%}, a look-up.")
     return f"{seen}: neither solved nor the cheat. Not trained enough, or not on enough graphs."
 
 

@@ -5,11 +5,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from train import make_flags, verdict  # noqa: E402
+from train import make_flags  # noqa: E402
 
 _, defaults = make_flags()
-print("| command | accuracy | forced: first hop, worst later node | steps | minutes |\n|---|---|---|---|---|")
-sentences = []
+print("| command | accuracy | forced: first hop, worst later node | steps | minutes | on |\n|---|---|---|---|---|---|")
 for file in sorted(HERE.glob("*.jsonl")):
     header, *lines = map(json.loads, file.read_text().splitlines())
     config, last = header["config"], lines[-1]
@@ -20,7 +19,5 @@ for file in sorted(HERE.glob("*.jsonl")):
             command += f" --{flag}" + ("" if value is True else f" {value}")
     hops = last["forced_node_accuracy"] or []
     forced = f"{hops[1]:.1%}, {min(hops[2:]):.1%}" if len(hops) > 2 else "-"
-    print(f"| `{command}` | {last['accuracy']:.1%} | {forced} | {last['iter']} | {last['elapsed_s'] / 60:.1f} |")
-    sentences.append(f"- `{command}`: {verdict(last, config)}")
-print(f"\n{header['machine']}, torch {header['versions']['torch']}; seed {config['seed']}.\n")
-print("\n".join(sentences))
+    print(f"| `{command}` | {last['accuracy']:.1%} | {forced} | {last['iter']} | {last['elapsed_s'] / 60:.1f} | "
+          f"{header['machine']}, torch {header['versions']['torch']}, seed {config['seed']} |")
