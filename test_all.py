@@ -280,6 +280,17 @@ def test_extremes(scan):
     assert empty.shape == (0, 4, 12)
 
 
+@pytest.mark.parametrize("scan", [selective_scan_cpu, selective_scan_triton])
+def test_nothing_comes_from_beyond_the_end(scan):
+    """A growing state, steps that only delta keeps small: behind the last step, where delta reads as 0, it would overflow."""
+    inputs = scan_inputs(1, 9, 4, 3)
+    with torch.no_grad():
+        inputs[1].sub_(101)
+        inputs[2].abs_().add_(1)
+        inputs[7].fill_(100)
+    assert_matches(scan, inputs)
+
+
 def test_gradients_by_finite_differences():
     torch.autograd.gradcheck(lambda *x: selective_scan_cpu(*x, delta_softplus=True), scan_inputs(2, 5, 3, 2, torch.float64))
 
@@ -727,6 +738,16 @@ def test_sample_on_files_and_prompts(finished, monkeypatch, tmp_path, capsys):
         assert "  " + " -> ".join(line.split("=")[1].split(",")) + "   the path" in printed
     assert call(monkeypatch, sample, "--out_dir", finished, "--prompt", lines[0].split("=")[0] + "=") == 0
     assert "on 1 graphs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [(), ("--reverse",), ("--only_first_hop",)])
+def test_sample_knows_a_right_answer(flags, monkeypatch, tmp_path, capsys):
+    assert call(monkeypatch, train, *TINY, *flags, "--out_dir", tmp_path / "run") == 0
+    capsys.readouterr()
+    monkeypatch.setattr(sample, "predict", lambda model, prompts, targets, dollar: (targets, targets))
+    assert call(monkeypatch, sample, "--out_dir", tmp_path / "run", "--num_graphs", 100) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("   right\n") == 3 and "a real arm         100.0%" in printed and "solved" in printed
 
 
 def test_sample_marks_where_the_answer_leaves_the_path(capsys):
