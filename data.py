@@ -95,8 +95,6 @@ def assemble(star, tails, heads, paths):
     return prefixes
 
 
-# ------------------------------------------------------------------------------------------------- text form
-
 LINE = re.compile("(a,a(?:[|]a,a)*)/(a),(a)=(a(?:,a)*)?".replace("a", "[0-9]{1,9}"))
 
 
@@ -178,8 +176,6 @@ def text(star, prefixes, paths=None):
         yield form % tuple(row.tolist())
 
 
-# ------------------------------------------------------------------------------------------------- data sets
-
 def keys(prefixes):
     """One bytes object a row, to look prefixes up by."""
     return [row.tobytes() for row in prefixes.astype(np.int32)]
@@ -187,7 +183,7 @@ def keys(prefixes):
 
 def draw_unseen(star, n, rng, seen, distinct=True):
     """n graphs whose prefixes have no key in the set `seen`; if `distinct`, no two of them alike either."""
-    found, parts = set(seen), [draw(star, 0, rng)]
+    found, parts = set(seen) if distinct else seen, [draw(star, 0, rng)]
     while n:
         prefixes, paths = draw(star, n, rng)
         new = []
@@ -241,8 +237,6 @@ def datasets(deg=None, path_len=None, num_nodes=None, n_train=None, n_test=None,
             seen[name] = set(keys(sets[name][0]))
     return star, sets["train"], sets["test"], warnings
 
-
-# ------------------------------------------------------------------------------------------------- command line
 
 class Flags(argparse.ArgumentParser):
     """argparse, but what is wrong is said in one line, and help shows the defaults."""

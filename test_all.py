@@ -807,6 +807,19 @@ def test_bad_files_prompts_and_checkpoints(finished, monkeypatch, tmp_path, caps
         assert printed.out == "" and printed.err.count("\n") == 1 and says in printed.err, printed.err
 
 
+def test_a_file_works_where_it_is_copied_to(tmp_path):
+    for name in ("data.py", "model_gpt.py", "train.py", "sample.py"):
+        (tmp_path / name).write_text((HERE / name).read_text())
+
+    def there(script, *flags):
+        return subprocess.run([sys.executable, script, *map(str, flags)], cwd=tmp_path, capture_output=True, text=True)
+
+    assert there("train.py", *TINY, "--out_dir", "out").returncode == 0
+    assert "path accuracy" in there("sample.py", "--out_dir", "out").stdout
+    mamba = there("train.py", *TINY, "--model", "mamba")
+    assert mamba.returncode == 2 and mamba.stderr == "train.py: No module named 'model_mamba'\n"
+
+
 def test_a_script_refuses_in_one_line():
     """As a user sees it, in a process of its own."""
     fails("train.py", "--num_nodes", 3, says="train.py: num_nodes must be at least 9")

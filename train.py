@@ -318,7 +318,7 @@ def main():
         given = vars(flags.parse_args())
         config, ckpt, star, train, test, warnings, model, device, dtype = setup(given, defaults, rank, world)
         log = open_log(config, ckpt, device) if rank == 0 else None  # the first thing that is written
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
         flags.error(str(error))
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
