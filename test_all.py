@@ -166,6 +166,7 @@ def test_files_that_are_no_data(tmp_path):
 # scan_kernel.py
 
 NAMES = "u delta A B C D z delta_bias".split()
+SCANS = [selective_scan_cpu] + [selective_scan_triton] * (scan_kernel.triton is not None)  # none on macOS and Windows
 
 
 def scan_inputs(batch, seqlen, dim, dstate, dtype=torch.float32, without=(), seed=0):
@@ -224,12 +225,13 @@ def test_cpu_scan(size, piece, monkeypatch):
     assert_matches(selective_scan_cpu, scan_inputs(*size))
 
 
+@pytest.mark.skipif(scan_kernel.triton is None, reason="needs triton")
 @pytest.mark.parametrize("size", SIZES)
 def test_triton_scan(size):
     assert_matches(selective_scan_triton, scan_inputs(*size))
 
 
-@pytest.mark.parametrize("scan", [selective_scan_cpu, selective_scan_triton])
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("without, softplus", [(("D",), True), (("z",), True), (("delta_bias",), True), (("D", "z"), False),
                                                ((), False), (("D", "z", "delta_bias"), False)])
 def test_optional_arguments(scan, without, softplus):
@@ -242,7 +244,7 @@ def test_optional_arguments(scan, without, softplus):
     assert_matches(scan, inputs, softplus)
 
 
-@pytest.mark.parametrize("scan", [selective_scan_cpu, selective_scan_triton])
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_dtypes(scan, dtype, tolerance):
     """Half precision is compared to the float64 scan of the same rounded inputs: what is left is the rounding of results.
@@ -254,7 +256,7 @@ def test_dtypes(scan, dtype, tolerance):
     assert_matches(scan, inputs, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("scan", [selective_scan_cpu, selective_scan_triton])
+@pytest.mark.parametrize("scan", SCANS)
 def test_strides(scan):
     """Views: time running slower than channels, every second channel, expanded."""
     inputs = scan_inputs(2, 6, 5, 3)
@@ -268,7 +270,7 @@ def test_strides(scan):
     torch.testing.assert_close(scan(u, *inputs[1:]), scan(u.clone(), *inputs[1:]), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("scan", [selective_scan_cpu, selective_scan_triton])
+@pytest.mark.parametrize("scan", SCANS)
 def test_extremes(scan):
     """Steps of 0, and steps so large that exp(dt A) is 0: finite, and right."""
     inputs = scan_inputs(1, 12, 4, 3)
@@ -280,7 +282,7 @@ def test_extremes(scan):
     assert empty.shape == (0, 4, 12)
 
 
-@pytest.mark.parametrize("scan", [selective_scan_cpu, selective_scan_triton])
+@pytest.mark.parametrize("scan", SCANS)
 def test_nothing_comes_from_beyond_the_end(scan):
     """A growing state, steps that only delta keeps small: behind the last step, where delta reads as 0, it would overflow."""
     inputs = scan_inputs(1, 9, 4, 3)
@@ -298,7 +300,7 @@ def test_gradients_by_finite_differences():
 def test_scan_remembers_chunk_states_only():
     """What is saved for the backward pass besides the inputs stays far below (batch, dim, seqlen, dstate)."""
     batch, seqlen, dim, dstate = size = 2, 256, 32, 16
-    for scan in (selective_scan_cpu, selective_scan_triton):
+    for scan in SCANS:
         if scan is selective_scan_triton:
             batch, seqlen, dim, dstate = size = 1, 64, 4, 16
         inputs = scan_inputs(*size)
