@@ -3,9 +3,10 @@
 B  batch        T  tokens       C  n_embd, the width        vocab_size  tokens there are
 
 Parameters are named and shaped as in nanoGPT, so GPT-2's weights load with `strict=True` once its Conv1D matrices are
-transposed. There is no dropout, and two things differ from GPT-2 at the start of training only. The table of positions begins as sinusoids
-(Vaswani et al. 2017, section 3.5) rather than as noise, because attention to "the token one to the left" is then easy to
-express; every step of following a path is such a look. And the matrices of a model narrower than GPT-2 begin larger.
+transposed. There is no dropout, and two things differ from GPT-2 at the start of training only. The table of positions
+begins as sinusoids (Vaswani et al. 2017, section 3.5) rather than as noise, because attention to "the token one to the
+left" is then easy to express; every step of following a path is such a look. And the matrices of a model narrower than
+GPT-2 begin larger.
 """
 import math
 from dataclasses import dataclass
