@@ -43,9 +43,9 @@ except ImportError:  # no Triton on macOS and Windows: selective_scan_cpu serves
 
 def check_arguments(u, delta, A, B, C, D, z, delta_bias):
     """Raises ValueError where an argument has a form that is not supported."""
-    if u.dim() != 3 or A.dim() != 2 or A.is_complex():
-        raise ValueError(f"u must be (batch, dim, seqlen) and A real and (dim, dstate): got {tuple(u.shape)} and {A.dtype} "
-                         f"{tuple(A.shape)}; complex A is not supported")
+    if u.dim() != 3 or u.size(2) == 0 or A.dim() != 2 or A.is_complex():
+        raise ValueError(f"u must be (batch, dim, seqlen), seqlen at least 1, and A real and (dim, dstate): got "
+                         f"{tuple(u.shape)} and {A.dtype} {tuple(A.shape)}; complex A is not supported")
     U, BC, v = tuple(u.shape), (u.size(0), A.size(1), u.size(2)), (u.size(1),)
     for name, x, shape in (("delta", delta, U), ("A", A, (u.size(1), A.size(1))), ("B", B, BC), ("C", C, BC), ("D", D, v),
                            ("z", z, U), ("delta_bias", delta_bias, v)):
@@ -63,16 +63,17 @@ def selective_scan_ref(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta
     dt = F.softplus(dt) if delta_softplus else dt
     a = torch.exp(torch.einsum("bdl,dn->bdln", dt, A))
     Bx = torch.einsum("bdl,bnl->bdln", dt * x, B)
-    h, y = x.new_zeros(u.shape[0], *A.shape), torch.zeros_like(x)
-    for t in range(u.shape[2]):
-        h = a[:, :, t] * h + Bx[:, :, t]
-        y[:, :, t] = torch.einsum("bdn,bn->bd", h, C[:, :, t])
+    h, y = x.new_zeros(u.shape[0], *A.shape), []
+    for a_t, Bx_t, C_t in zip(a.unbind(2), Bx.unbind(2), C.unbind(2)):
+        h = a_t * h + Bx_t
+        y.append(torch.einsum("bdn,bn->bd", h, C_t))
+    y = torch.stack(y, dim=2)
     y = y if D is None else y + D.to(f)[:, None] * x
     y = y if z is None else y * F.silu(z.to(f))
     return (y.to(u.dtype), h.detach()) if return_last_state else y.to(u.dtype)
 
 
-TIME = 64        # time steps between two states that selective_scan_cpu saves
+TIME = 32        # time steps between two states that selective_scan_cpu saves
 PIECE = 1 << 19  # elements of its (batch, time, dstate, dim) temporaries per thread: 2 MB in float32. Smaller ones fit the
                  # cache better, larger ones spend less on calls: measured, 2^19 is best for one thread and for two
 
@@ -83,30 +84,40 @@ class Pieces:
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
         (batch, dim, seqlen), dstate = u.shape, A.shape[1]
         self.dtype = torch.promote_types(u.dtype, torch.float32)
-        self.A, self.D = A.to(self.dtype).t().contiguous(), 0 if D is None else D.to(self.dtype)
-        self.u, self.raw, self.B, self.C = map(self.channels_last, (u, delta, B, C))
+        self.A, self.D = A.to(self.dtype).t().contiguous(), u.new_zeros((), dtype=self.dtype) if D is None else D.to(self.dtype)
+        self.u, self.dt, self.B, self.C = map(self.channels_last, (u, delta, B, C))
         self.z = None if z is None else self.channels_last(z)
-        self.raw = self.raw if delta_bias is None else self.raw + delta_bias.to(self.dtype)
-        self.dt = F.softplus(self.raw) if delta_softplus else self.raw
+        self.dt = self.dt if delta_bias is None else self.dt + delta_bias.to(self.dtype)
+        self.dt = F.softplus(self.dt) if delta_softplus else self.dt
         self.x = self.dt * self.u
-        time = min(seqlen, TIME)
-        rows = max(1, min(batch, PIECE * torch.get_num_threads() // max(1, time * dim * dstate)))
-        self.size = rows * time * dim * dstate
+        rows = max(1, min(batch, PIECE * torch.get_num_threads() // max(1, min(seqlen, TIME) * dim * dstate)))
         self.all = [(k, slice(b, b + rows), slice(t, t + TIME)) for b in range(0, batch, rows)
                     for k, t in enumerate(range(0, seqlen, TIME))]
+        self.made = {}
 
     def channels_last(self, x):
         return x.to(self.dtype).transpose(1, 2).contiguous()
 
-    def states(self, b, t, h0, a, h):
-        """Fills the buffers with a_t and h_t (batch, time, dstate, dim) for the piece [b, t] that starts from state h0."""
+    def buffers(self, b, t):
+        """-> three buffers for the piece [b, t], each (batch, time, dstate, dim), and each with a list of its time steps"""
         shape = *self.dt[b, t].shape[:2], *self.A.shape
-        a, h = a[:math.prod(shape)].view(shape), h[:math.prod(shape)].view(shape)
+        if shape not in self.made:
+            self.made[shape] = [(x, x.unbind(1)) for x in self.A.new_empty(3, *shape)]
+        return self.made[shape]
+
+    def states(self, b, t, h0):
+        """-> a_t and h_t (as `buffers` has them) of the piece [b, t] that starts from state h0, and the third buffer."""
+        (a, a_), (h, h_), rest = self.buffers(b, t)
         torch.mul(self.dt[b, t, None, :], self.A, out=a).exp_()
         torch.mul(self.x[b, t, None, :], self.B[b, t, :, None], out=h)
-        for a_t, h_t in zip(a.unbind(1), h.unbind(1)):
+        for a_t, h_t in zip(a_, h_):
             h0 = h_t.addcmul_(a_t, h0)
-        return a, h
+        return (a, a_), (h, h_), rest
+
+
+def weighted_sum(weights, x):
+    """(batch, time, n) and (batch, time, n, m) -> the sum over n, (batch, time, m)"""
+    return torch.bmm(weights.flatten(0, 1)[:, None], x.flatten(0, 1)).view(*x.shape[:2], -1)
 
 
 def like(x, y):
@@ -118,15 +129,15 @@ def cpu_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
     """-> out like u; the last state (batch, dim, dstate); the state before each chunk of time (chunks, batch, dstate, dim)
     if `save`, else no chunks."""
     p = Pieces(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    y, states, (a, h) = torch.empty_like(p.u), p.A.new_empty(states_shape(TIME, u, A, save)), p.A.new_empty(2, p.size)
+    y, states = torch.empty_like(p.u), p.A.new_empty(states_shape(TIME, u, A, save))
     last = p.A.new_zeros(u.shape[0], *p.A.shape)
     for k, b, t in p.all:
         if save:
             states[k, b] = last[b]
-        h_ = p.states(b, t, last[b], a, h)[1]
-        last[b] = h_[:, -1]
-        y[b, t] = torch.einsum("btn,btnd->btd", p.C[b, t], h_)
-    y += p.D * p.u
+        _, (h, h_), _ = p.states(b, t, last[b])
+        last[b] = h_[-1]
+        y[b, t] = weighted_sum(p.C[b, t], h)
+    y.addcmul_(p.D, p.u)
     if z is not None:
         y *= F.silu(p.z)
     return like(u, y), last.transpose(1, 2).contiguous(), states
@@ -138,41 +149,47 @@ def cpu_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softpl
     dy = dout = p.channels_last(dout)
     if z is not None:
         y, s = torch.empty_like(dy), torch.sigmoid(p.z)
-        dy = dout * p.z * s
+        silu = p.z * s
+        dy = dout * silu
     (ddt, dx, dB, dC), dA = map(torch.empty_like, (dy, dy, p.B, p.C)), torch.zeros_like(p.A)
     carry = p.A.new_zeros(u.shape[0], *p.A.shape)                    # a_{t+1} g_{t+1} of the chunk to the right
-    a, h, g = p.A.new_empty(3, p.size)
     for k, b, t in reversed(p.all):
-        h0, right = states[k, b], carry[b]
-        a_, h_ = p.states(b, t, h0, a, h)
+        (a, a_), (h, _), (g, g_) = p.states(b, t, states[k, b])
         if z is not None:                                            # out = y silu(z), so y is needed once more
-            y[b, t] = torch.einsum("btn,btnd->btd", p.C[b, t], h_)
-        dC[b, t] = torch.einsum("btnd,btd->btn", h_, dy[b, t])
-        g_ = torch.mul(dy[b, t, None, :], p.C[b, t, :, None], out=g[:h_.numel()].view(h_.shape))
-        for a_t, g_t in zip(reversed(a_.unbind(1)), reversed(g_.unbind(1))):
-            g_t.add_(right)
-            right = a_t.mul_(g_t)                                    # in place: from here on a_ holds a_t g_t
-        carry[b] = right
-        dB[b, t] = torch.einsum("btnd,btd->btn", g_, p.x[b, t])
-        dx[b, t] = torch.einsum("btn,btnd->btd", p.B[b, t], g_)
-        a_[:, 1:].mul_(h_[:, :-1])                                   # and now w_t = a_t g_t h_{t-1}
-        a_[:, 0].mul_(h0)
-        ddt[b, t] = torch.mul(a_, p.A, out=g_).sum(2)
-        dA += torch.mul(a_, p.dt[b, t, None, :], out=g_).sum((0, 1))
-    dz = u.new_empty(0) if z is None else like(z, dout * (y + p.D * p.u) * s * (1 + p.z * (1 - s)))
+            y[b, t] = weighted_sum(p.C[b, t], h)
+        dC[b, t] = weighted_sum(dy[b, t], h.transpose(2, 3))
+        torch.mul(dy[b, t, None, :], p.C[b, t, :, None], out=g)
+        right = g_[-1].add_(carry[b])
+        for a_t, g_t in zip(a_[:0:-1], g_[-2::-1]):                  # a_{t+1} and g_t, from right to left
+            right = g_t.addcmul_(a_t, right)
+        dB[b, t] = weighted_sum(p.x[b, t], g.transpose(2, 3))
+        dx[b, t] = weighted_sum(p.B[b, t], g)
+        w = a.mul_(g)                                                # a_t g_t
+        carry[b] = a_[0]
+        w[:, 1:].mul_(h[:, :-1])                                     # and now w_t = a_t g_t h_{t-1}
+        w[:, 0].mul_(states[k, b])
+        ddt[b, t] = torch.mul(w, p.A, out=g).sum(2)
+        dA += torch.mul(w, p.dt[b, t, None, :], out=g).sum((0, 1))
+    if z is not None:                                                # silu' = s + z s (1 - s)
+        dz = like(z, y.addcmul_(p.D, p.u).mul_(dout).mul_(s.addcmul_(silu, 1 - s)))
     ddt.addcmul_(p.u, dx)
     if delta_softplus:
-        ddt *= torch.sigmoid(p.raw)
-    du = dx * p.dt + p.D * dy
+        ddt *= -torch.expm1(-p.dt)                                   # 1 - e^-dt, which is sigmoid(delta)
+    du = dx.mul_(p.dt).addcmul_(p.D, dy)
     dB, dC = dB.transpose(1, 2).contiguous(), dC.transpose(1, 2).contiguous()
-    return like(u, du), like(delta, ddt), dA.t().contiguous(), dB, dC, (dy * p.u).sum((0, 1)), dz, ddt.sum((0, 1))
+    return (like(u, du), like(delta, ddt), dA.t().contiguous(), dB, dC, (dy * p.u).sum((0, 1)),
+            u.new_empty(0) if z is None else dz, ddt.sum((0, 1)))
 
 
-CHUNK, BLOCK_D = 8, 64  # time steps whose states the backward kernel holds in registers at once; channels to a program
+CHUNK, BLOCK_D = 8, 32  # time steps whose states the backward kernel holds in registers at once; channels to a program,
+                        # one for each thread of a warp
 
 if triton is not None:
-    # One program works through one sequence for BLOCK_D channels, with their states in a tile (BLOCK_N, BLOCK_D).
-    # A tensor comes as (pointer, its strides), so views need no copy; offsets are 64-bit.
+    # One program works through one sequence for BLOCK_D channels, with their states in a tile (BLOCK_N, BLOCK_D). What has
+    # (batch, dim, seqlen) comes as (pointer, its strides), so views need no copy; the rest is small and copied into the
+    # order in which it is read: A (dstate, dim); B, C (batch, seqlen, dstate). Offsets are 64-bit. `dim` is not specialized:
+    # did the compiler know that it divides by 16, it would give each thread four neighbouring channels, spread the states of
+    # one channel over several threads, and pay for every sum over states with shuffles between them.
     LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
     @triton.jit
@@ -189,68 +206,67 @@ if triton is not None:
 
     @triton.jit
     def prepare(A, D, bias, dim, dstate, F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-        """-> this program's block of channels, sequence b, channels d, states n, which of them exist; A, D and bias there.
-        A comes multiplied by log2(e): the chip has 2^x and makes e^x from it by one more product."""
+        """-> this program's block of channels, sequence b, channels d, states n, their offsets in (dstate, dim), which of them
+        exist; A, D and bias there. A times log2(e): the chip has 2^x and makes e^x from it by one more product."""
         blocks = tl.cdiv(dim, BLOCK_D)
         block, b = (tl.program_id(0) % blocks).to(tl.int64), (tl.program_id(0) // blocks).to(tl.int64)
         d, n = block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N).to(tl.int64)
         in_d, in_n = d < dim, n < dstate
-        A_ = tl.load(A[0] + d[None, :] * A[1] + n[:, None] * A[2], in_n[:, None] & in_d[None, :], 0.0).to(F) * LOG2_E
-        D_ = tl.load(D[0] + d * D[1], in_d, 0.0).to(F) if D is not None else tl.zeros((BLOCK_D,), F)
-        bias_ = tl.load(bias[0] + d * bias[1], in_d, 0.0).to(F) if bias is not None else tl.zeros((BLOCK_D,), F)
-        return block, b, d, n, in_d, in_n, A_, D_, bias_
+        nd, tile = n[:, None] * dim + d[None, :], in_n[:, None] & in_d[None, :]
+        A_ = tl.load(A + nd, tile, 0.0) * LOG2_E
+        D_ = tl.load(D + d, in_d, 0.0) if D is not None else tl.zeros((BLOCK_D,), F)
+        bias_ = tl.load(bias + d, in_d, 0.0) if bias is not None else tl.zeros((BLOCK_D,), F)
+        return block, b, d, n, nd, in_d, in_n, tile, A_, D_, bias_
 
     @triton.jit
-    def discretize(u, delta, B, A, bias, b, d, n, t, in_d, in_n, SOFTPLUS: tl.constexpr, F: tl.constexpr):
+    def discretize(u, delta, B, A, bias, b, d, n, t, seqlen, dstate, in_d, in_n, SOFTPLUS: tl.constexpr, F: tl.constexpr):
         """-> u_t, dt_t before and after the softplus (BLOCK_D); B_t (BLOCK_N); a_t (BLOCK_N, BLOCK_D)."""
         u_t = tl.load(at(u, b, d, t), in_d, 0.0).to(F)
         raw = tl.load(at(delta, b, d, t), in_d, 0.0).to(F) + bias
         dt = tl.where(in_d, softplus(raw) if SOFTPLUS else raw, 0.0)  # beyond the end, leave the state as it is
-        return u_t, raw, dt, tl.load(at(B, b, n, t), in_n, 0.0).to(F), tl.exp2(dt[None, :] * A)
+        return u_t, raw, dt, tl.load(B + (b * seqlen + t) * dstate + n, in_n, 0.0), tl.exp2(dt[None, :] * A)
 
-    @triton.jit
-    def forward_kernel(u, delta, A, B, C, D, z, bias, out, last, states, batch, dim, seqlen, dstate,
+    @triton.jit(do_not_specialize=["dim"])
+    def forward_kernel(u, delta, z, out, A, B, C, D, bias, last, states, batch, dim, seqlen, dstate,
                        SAVE: tl.constexpr, SOFTPLUS: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
                        BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-        block, b, d, n, in_d, in_n, A_, D_, bias_ = prepare(A, D, bias, dim, dstate, F, BLOCK_N, BLOCK_D)
-        tile = in_n[:, None] & in_d[None, :]
+        block, b, d, n, nd, in_d, in_n, tile, A_, D_, bias_ = prepare(A, D, bias, dim, dstate, F, BLOCK_N, BLOCK_D)
         h = tl.zeros((BLOCK_N, BLOCK_D), F)
         for t in range(seqlen):
             if SAVE and t % CHUNK == 0:                              # states (chunks, batch, dstate, dim)
-                tl.store(states + ((t // CHUNK * batch + b) * dstate + n[:, None]) * dim + d[None, :], h, tile)
-            u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, in_d, in_n, SOFTPLUS, F)
+                tl.store(states + (t // CHUNK * batch + b) * dstate * dim + nd, h, tile)
+            u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, seqlen, dstate, in_d, in_n, SOFTPLUS, F)
             h = a * h + B_t[:, None] * (dt * u_t)[None, :]
-            C_t = tl.load(at(C, b, n, t), in_n, 0.0).to(F)
+            C_t = tl.load(C + (b * seqlen + t) * dstate + n, in_n, 0.0)
             y = tl.sum(C_t[:, None] * h, 0) + D_ * u_t
             if z is not None:
                 z_t = tl.load(at(z, b, d, t), in_d, 0.0).to(F)
                 y *= z_t * tl.sigmoid(z_t)
             tl.store(at(out, b, d, t), y.to(out[0].dtype.element_ty), in_d)
-        tl.store(last + (b * dim + d[None, :]) * dstate + n[:, None], h, tile)
+        tl.store(last + b * dstate * dim + nd, h, tile)
 
-    @triton.jit
-    def backward_kernel(dout, u, delta, A, B, C, D, z, bias, du, ddelta, dz, states, dA, dB, dC, dD, dbias,
+    @triton.jit(do_not_specialize=["dim"])
+    def backward_kernel(dout, u, delta, z, du, ddelta, dz, A, B, C, D, bias, states, dA, dB, dC, dD, dbias,
                         batch, dim, seqlen, dstate, SOFTPLUS: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
                         BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-        block, b, d, n, in_d, in_n, A_, D_, bias_ = prepare(A, D, bias, dim, dstate, F, BLOCK_N, BLOCK_D)
-        tile = in_n[:, None] & in_d[None, :]
+        block, b, d, n, nd, in_d, in_n, tile, A_, D_, bias_ = prepare(A, D, bias, dim, dstate, F, BLOCK_N, BLOCK_D)
         dD_sum, dbias_sum, dA_sum = tl.zeros((BLOCK_D,), F), tl.zeros((BLOCK_D,), F), tl.zeros((BLOCK_N, BLOCK_D), F)
         right = tl.zeros((BLOCK_N, BLOCK_D), F)                      # a_{t+1} g_{t+1}
         for j in range(tl.cdiv(seqlen, CHUNK)):
             k = tl.cdiv(seqlen, CHUNK) - 1 - j                       # the chunk: steps k CHUNK, k CHUNK + 1, ...
-            h = tl.load(states + ((k * batch + b) * dstate + n[:, None]) * dim + d[None, :], tile, 0.0)
+            h = tl.load(states + (k * batch + b) * dstate * dim + nd, tile, 0.0)
             hs = (h,)                                                # hs[i] is the state before step i of the chunk
             for i in tl.static_range(CHUNK):
                 t = k * CHUNK + i
-                u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, in_d & (t < seqlen),
+                u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, seqlen, dstate, in_d & (t < seqlen),
                                                   in_n & (t < seqlen), SOFTPLUS, F)
                 h = a * h + B_t[:, None] * (dt * u_t)[None, :]
                 hs += (h,)
             for i in tl.static_range(CHUNK - 1, -1, -1):
                 t = k * CHUNK + i
                 in_dt, in_nt = in_d & (t < seqlen), in_n & (t < seqlen)
-                u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, in_dt, in_nt, SOFTPLUS, F)
-                C_t = tl.load(at(C, b, n, t), in_nt, 0.0).to(F)
+                u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, seqlen, dstate, in_dt, in_nt, SOFTPLUS, F)
+                C_t = tl.load(C + (b * seqlen + t) * dstate + n, in_nt, 0.0)
                 dy = tl.load(at(dout, b, d, t), in_dt, 0.0).to(F)    # beyond the end 0, and so is g
                 if z is not None:                                    # out = y silu(z), so y is needed once more
                     z_t = tl.load(at(z, b, d, t), in_dt, 0.0).to(F)
@@ -274,40 +290,45 @@ if triton is not None:
                 part = ((block * batch + b) * seqlen + t) * dstate + n
                 tl.store(dB + part, tl.sum(g * (dt * u_t)[None, :], 1), in_nt)
                 tl.store(dC + part, tl.sum(hs[i + 1] * dy[None, :], 1), in_nt)
-        tl.store(dA + (b * dstate + n[:, None]) * dim + d[None, :], dA_sum, tile)
+        tl.store(dA + b * dstate * dim + nd, dA_sum, tile)
         tl.store(dD + b * dim + d, dD_sum, in_d)
         tl.store(dbias + b * dim + d, dbias_sum, in_d)
 
 
-def launch(kernel, u, A, tensors, buffers, **options):
-    """Starts a program for each sequence and each block of channels; tensors go with their strides, buffers without."""
+def launch(kernel, strided, A, B, C, D, delta_bias, buffers, **options):
+    """Starts a program for each sequence and each block of channels."""
+    u = strided[0]
     if triton is None or not (u.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         raise RuntimeError("selective_scan_triton needs triton and a GPU, or TRITON_INTERPRET=1 set before Python starts")
+    f64, f = u.dtype == torch.float64, torch.promote_types(u.dtype, torch.float32)
+    matrices = A.t(), B.transpose(1, 2), C.transpose(1, 2), D, delta_bias
     with torch.cuda.device_of(u):                                    # Triton starts kernels on the current device
         kernel[(u.shape[0] * triton.cdiv(u.shape[1], BLOCK_D),)](
-            *(None if x is None else (x, *x.stride()) for x in tensors), *buffers, u.shape[0], u.shape[1], u.shape[2],
-            A.shape[1], F=tl.float64 if u.dtype == torch.float64 else tl.float32, CHUNK=CHUNK, BLOCK_D=BLOCK_D,
-            BLOCK_N=triton.next_power_of_2(A.shape[1]), num_warps=BLOCK_D // 32, **options)
+            *(None if x is None else (x, *x.stride()) for x in strided),
+            *(None if x is None else x.to(f).contiguous() for x in matrices), *buffers, *u.shape, A.shape[1],
+            F=tl.float64 if f64 else tl.float32, CHUNK=CHUNK, BLOCK_D=BLOCK_D, BLOCK_N=triton.next_power_of_2(A.shape[1]),
+            num_warps=BLOCK_D // 32, **options)
 
 
 def triton_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
     """As `cpu_forward`. Raises RuntimeError where Triton cannot run."""
     out, f = torch.empty_like(u), torch.promote_types(u.dtype, torch.float32)
-    last, states = u.new_empty(u.shape[0], *A.shape, dtype=f), u.new_empty(states_shape(CHUNK, u, A, save), dtype=f)
-    launch(forward_kernel, u, A, (u, delta, A, B, C, D, z, delta_bias, out), (last, states), SAVE=save, SOFTPLUS=delta_softplus)
-    return out, last, states
+    last = u.new_empty(u.shape[0], A.shape[1], A.shape[0], dtype=f)
+    states = u.new_empty(states_shape(CHUNK, u, A, save), dtype=f)
+    launch(forward_kernel, (u, delta, z, out), A, B, C, D, delta_bias, (last, states), SAVE=save, SOFTPLUS=delta_softplus)
+    return out, last.transpose(1, 2).contiguous(), states
 
 
 def triton_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus):
     """As `cpu_backward`."""
     (batch, dim, seqlen), dstate, f = u.shape, A.shape[1], states.dtype
-    du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), torch.empty_like(z) if z is not None else u.new_empty(0)
+    du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
     dA, (dD, dbias) = u.new_empty(batch, dstate, dim, dtype=f), u.new_empty(2, batch, dim, dtype=f)
     dB, dC = u.new_empty(2, triton.cdiv(dim, BLOCK_D), batch, seqlen, dstate, dtype=f)
-    launch(backward_kernel, u, A, (dout, u, delta, A, B, C, D, z, delta_bias, du, ddelta, dz),
+    launch(backward_kernel, (dout, u, delta, z, du, ddelta, dz), A, B, C, D, delta_bias,
            (states, dA, dB, dC, dD, dbias), SOFTPLUS=delta_softplus)
     return (du, ddelta, dA.sum(0).t().contiguous(), dB.sum(0).transpose(1, 2).contiguous(),
-            dC.sum(0).transpose(1, 2).contiguous(), dD.sum(0), dz, dbias.sum(0))
+            dC.sum(0).transpose(1, 2).contiguous(), dD.sum(0), u.new_empty(0) if z is None else dz, dbias.sum(0))
 
 
 def states_shape(chunk, u, A, save):
@@ -367,7 +388,8 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     through which no gradient flows. States are float32, for float64 u float64, whatever the inputs are.
     Raises ValueError for arguments of another form.
     """
-    scan = selective_scan_triton if u.is_cuda and triton is not None else selective_scan_cpu
+    small = u.dim() == 3 and (u.size(2) == 1 or u.numel() * A.size(-1) < 1000)  # the fast paths cost more than they save
+    scan = selective_scan_triton if u.is_cuda and triton is not None else selective_scan_ref if small else selective_scan_cpu
     return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
