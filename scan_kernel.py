@@ -13,7 +13,7 @@ delta  (batch, dim, seqlen)      Delta; dt_t is Delta_t after        D  (dim,)  
 B, C   (batch, dstate, seqlen)   how a token writes to the state and reads from it: "selective", as they vary with t
 
 `selective_scan_ref` reads like the equations, `selective_scan_cpu` is PyTorch in cache-sized pieces, `selective_scan_triton`
-GPU kernels, both with a backward pass by hand. `selective_scan` picks one of these two by the tensor's device.
+GPU kernels, both with a backward pass by hand. `selective_scan` picks one. `python scan_kernel.py` times them.
 
 The backward pass. Write dX for the gradient of the loss with respect to X, and g_t for dh_t. The gate gives
 dy_t = dout_t silu(z_t) and dz_t = dout_t y_t silu'(z_t). h_t is used twice, by y_t and by h_{t+1}:
@@ -24,15 +24,16 @@ dy_t = dout_t silu(z_t) and dz_t = dout_t y_t silu'(z_t). h_t is used twice, by 
     w_t = a_t g_t h_{t-1}                   the gradient of the exponent dt_t A
     dA = sum_{b,t} dt_t w_t                 ddt_t = <A, w_t> + u_t dx_t
 
-It needs every h_t. Storing them would take N times the memory of u, so the forward pass keeps the state at the start of
-each chunk of time only, and the backward pass walks the chunks from right to left and computes their states anew.
-`python scan_kernel.py` checks the implementations against each other and times them on this machine.
+It needs every h_t, which is N times the memory of u. So the forward pass keeps the states at the start of chunks of time
+only, and the backward pass walks the chunks from right to left and computes their states anew.
 """
+import importlib.util
 import math
 import os
 
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 try:
     import triton
@@ -43,12 +44,12 @@ except ImportError:  # no Triton on macOS and Windows: selective_scan_cpu serves
 
 def check_arguments(u, delta, A, B, C, D, z, delta_bias):
     """Raises ValueError where an argument has a form that is not supported."""
-    if u.dim() != 3 or u.size(2) == 0 or A.dim() != 2 or A.is_complex():
-        raise ValueError(f"u must be (batch, dim, seqlen), seqlen at least 1, and A real and (dim, dstate): got "
+    if u.dim() != 3 or 0 in u.shape[1:] or A.dim() != 2 or 0 in A.shape or A.is_complex():
+        raise ValueError(f"u must be (batch, dim, seqlen), A real and (dim, dstate), none of them 0 but batch: got "
                          f"{tuple(u.shape)} and {A.dtype} {tuple(A.shape)}; complex A is not supported")
-    U, BC, v = tuple(u.shape), (u.size(0), A.size(1), u.size(2)), (u.size(1),)
-    for name, x, shape in (("delta", delta, U), ("A", A, (u.size(1), A.size(1))), ("B", B, BC), ("C", C, BC), ("D", D, v),
-                           ("z", z, U), ("delta_bias", delta_bias, v)):
+    (b, d, l), n = u.shape, A.shape[1]
+    for name, x, shape in (("delta", delta, (b, d, l)), ("A", A, (d, n)), ("B", B, (b, n, l)), ("C", C, (b, n, l)),
+                           ("D", D, (d,)), ("z", z, (b, d, l)), ("delta_bias", delta_bias, (d,))):
         if x is not None and (tuple(x.shape) != shape or x.device != u.device or not x.is_floating_point()):
             raise ValueError(f"{name} must be a real tensor {shape} on {u.device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
                              + "; constant and grouped B and C are not supported" * (name in "BC"))
@@ -63,7 +64,7 @@ def selective_scan_ref(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta
     dt = F.softplus(dt) if delta_softplus else dt
     a = torch.exp(torch.einsum("bdl,dn->bdln", dt, A))
     Bx = torch.einsum("bdl,bnl->bdln", dt * x, B)
-    h, y = x.new_zeros(u.shape[0], *A.shape), []
+    h, y = x.new_zeros(u.shape[0], *A.shape), []                     # h (batch, dim, dstate)
     for a_t, Bx_t, C_t in zip(a.unbind(2), Bx.unbind(2), C.unbind(2)):
         h = a_t * h + Bx_t
         y.append(torch.einsum("bdn,bn->bd", h, C_t))
@@ -74,79 +75,63 @@ def selective_scan_ref(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta
 
 
 TIME = 32        # time steps between two states that selective_scan_cpu saves
-PIECE = 1 << 19  # elements of its (batch, time, dstate, dim) temporaries per thread: 2 MB in float32. Smaller ones fit the
-                 # cache better, larger ones spend less on calls: measured, 2^19 is best for one thread and for two
+PIECE = 1 << 19  # elements of its temporaries per thread: few for the sake of the cache, but enough to keep calls rare
 
 
 class Pieces:
     """The scan's inputs with channels last, (batch, time, dim) and (batch, time, dstate); and the pieces of batch and time
     in which they are worked through. A is (dstate, dim), so every product runs along dim, contiguous in memory."""
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
-        (batch, dim, seqlen), dstate = u.shape, A.shape[1]
+        batch, _, seqlen = u.shape
         self.dtype = torch.promote_types(u.dtype, torch.float32)
         self.A, self.D = A.to(self.dtype).t().contiguous(), u.new_zeros((), dtype=self.dtype) if D is None else D.to(self.dtype)
-        self.u, self.dt, self.B, self.C = map(self.channels_last, (u, delta, B, C))
-        self.z = None if z is None else self.channels_last(z)
+        self.u, self.dt, self.B, self.C, self.z = (None if x is None else x.to(self.dtype).mT.contiguous()
+                                                   for x in (u, delta, B, C, z))
         self.dt = self.dt if delta_bias is None else self.dt + delta_bias.to(self.dtype)
         self.dt = F.softplus(self.dt) if delta_softplus else self.dt
         self.x = self.dt * self.u
-        rows = max(1, min(batch, PIECE * torch.get_num_threads() // max(1, min(seqlen, TIME) * dim * dstate)))
+        rows = max(1, min(batch, PIECE * torch.get_num_threads() // (min(seqlen, TIME) * A.numel())))
+        self.memory = self.A.new_empty(3, rows * min(seqlen, TIME) * A.numel())
         self.all = [(k, slice(b, b + rows), slice(t, t + TIME)) for b in range(0, batch, rows)
                     for k, t in enumerate(range(0, seqlen, TIME))]
-        self.made = {}
-
-    def channels_last(self, x):
-        return x.to(self.dtype).transpose(1, 2).contiguous()
-
-    def buffers(self, b, t):
-        """-> three buffers for the piece [b, t], each (batch, time, dstate, dim), and each with a list of its time steps"""
-        shape = *self.dt[b, t].shape[:2], *self.A.shape
-        if shape not in self.made:
-            self.made[shape] = [(x, x.unbind(1)) for x in self.A.new_empty(3, *shape)]
-        return self.made[shape]
 
     def states(self, b, t, h0):
-        """-> a_t and h_t (as `buffers` has them) of the piece [b, t] that starts from state h0, and the third buffer."""
-        (a, a_), (h, h_), rest = self.buffers(b, t)
+        """-> a_t and h_t of the piece [b, t] that starts from state h0, and room for g_t: each (batch, time, dstate, dim)."""
+        shape = *self.dt[b, t].shape[:2], *self.A.shape
+        a, h, g = (x[:math.prod(shape)].view(shape) for x in self.memory)
         torch.mul(self.dt[b, t, None, :], self.A, out=a).exp_()
         torch.mul(self.x[b, t, None, :], self.B[b, t, :, None], out=h)
-        for a_t, h_t in zip(a_, h_):
+        for a_t, h_t in zip(a.unbind(1), h.unbind(1)):
             h0 = h_t.addcmul_(a_t, h0)
-        return (a, a_), (h, h_), rest
-
-
-def weighted_sum(weights, x):
-    """(batch, time, n) and (batch, time, n, m) -> the sum over n, (batch, time, m)"""
-    return torch.bmm(weights.flatten(0, 1)[:, None], x.flatten(0, 1)).view(*x.shape[:2], -1)
+        return a, h, g
 
 
 def like(x, y):
     """y (batch, time, dim) in the layout and dtype of x (batch, dim, time)"""
-    return torch.empty_like(x).copy_(y.transpose(1, 2))
+    return torch.empty_like(x).copy_(y.mT)
 
 
 def cpu_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
-    """-> out like u; the last state (batch, dim, dstate); the state before each chunk of time (chunks, batch, dstate, dim)
-    if `save`, else no chunks."""
+    """-> out like u; the last state (batch, dim, dstate); if `save`, the states before each chunk, as in `states_shape`."""
     p = Pieces(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     y, states = torch.empty_like(p.u), p.A.new_empty(states_shape(TIME, u, A, save))
     last = p.A.new_zeros(u.shape[0], *p.A.shape)
     for k, b, t in p.all:
         if save:
             states[k, b] = last[b]
-        _, (h, h_), _ = p.states(b, t, last[b])
-        last[b] = h_[-1]
-        y[b, t] = weighted_sum(p.C[b, t], h)
+        _, h, _ = p.states(b, t, last[b])
+        last[b] = h[:, -1]
+        y[b, t] = torch.einsum("btn,btnd->btd", p.C[b, t], h)
     y.addcmul_(p.D, p.u)
     if z is not None:
         y *= F.silu(p.z)
-    return like(u, y), last.transpose(1, 2).contiguous(), states
+    return like(u, y), last.mT.contiguous(), states
 
 
 def cpu_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus):
     """-> the gradients of u, delta, A, B, C, D, z, delta_bias, for arguments that are None too."""
     p = Pieces(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    dy = dout = p.channels_last(dout)
+    dy = dout = dout.to(p.dtype).mT.contiguous()
     if z is not None:
         y, s = torch.empty_like(dy), torch.sigmoid(p.z)
         silu = p.z * s
@@ -154,42 +139,38 @@ def cpu_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softpl
     (ddt, dx, dB, dC), dA = map(torch.empty_like, (dy, dy, p.B, p.C)), torch.zeros_like(p.A)
     carry = p.A.new_zeros(u.shape[0], *p.A.shape)                    # a_{t+1} g_{t+1} of the chunk to the right
     for k, b, t in reversed(p.all):
-        (a, a_), (h, _), (g, g_) = p.states(b, t, states[k, b])
+        a, h, g = p.states(b, t, states[k, b])
         if z is not None:                                            # out = y silu(z), so y is needed once more
-            y[b, t] = weighted_sum(p.C[b, t], h)
-        dC[b, t] = weighted_sum(dy[b, t], h.transpose(2, 3))
+            y[b, t] = torch.einsum("btn,btnd->btd", p.C[b, t], h)
+        dC[b, t] = torch.einsum("btd,btnd->btn", dy[b, t], h)       # in this order 2.5 times faster than as h, dy
         torch.mul(dy[b, t, None, :], p.C[b, t, :, None], out=g)
-        right = g_[-1].add_(carry[b])
-        for a_t, g_t in zip(a_[:0:-1], g_[-2::-1]):                  # a_{t+1} and g_t, from right to left
-            right = g_t.addcmul_(a_t, right)
-        dB[b, t] = weighted_sum(p.x[b, t], g.transpose(2, 3))
-        dx[b, t] = weighted_sum(p.B[b, t], g)
+        a_, g_ = a.unbind(1), g.unbind(1)
+        g_[-1].add_(carry[b])
+        for i in range(len(g_) - 2, -1, -1):
+            g_[i].addcmul_(a_[i + 1], g_[i + 1])
+        dB[b, t] = torch.einsum("btd,btnd->btn", p.x[b, t], g)
+        dx[b, t] = torch.einsum("btn,btnd->btd", p.B[b, t], g)
         w = a.mul_(g)                                                # a_t g_t
-        carry[b] = a_[0]
+        carry[b] = w[:, 0]
         w[:, 1:].mul_(h[:, :-1])                                     # and now w_t = a_t g_t h_{t-1}
         w[:, 0].mul_(states[k, b])
         ddt[b, t] = torch.mul(w, p.A, out=g).sum(2)
         dA += torch.mul(w, p.dt[b, t, None, :], out=g).sum((0, 1))
-    if z is not None:                                                # silu' = s + z s (1 - s)
-        dz = like(z, y.addcmul_(p.D, p.u).mul_(dout).mul_(s.addcmul_(silu, 1 - s)))
+    dz = u.new_empty(0) if z is None else like(z, y.addcmul_(p.D, p.u).mul_(dout).mul_(s + silu * (1 - s)))
     ddt.addcmul_(p.u, dx)
     if delta_softplus:
         ddt *= -torch.expm1(-p.dt)                                   # 1 - e^-dt, which is sigmoid(delta)
-    du = dx.mul_(p.dt).addcmul_(p.D, dy)
-    dB, dC = dB.transpose(1, 2).contiguous(), dC.transpose(1, 2).contiguous()
-    return (like(u, du), like(delta, ddt), dA.t().contiguous(), dB, dC, (dy * p.u).sum((0, 1)),
-            u.new_empty(0) if z is None else dz, ddt.sum((0, 1)))
+    dA, dB, dC = (x.mT.contiguous() for x in (dA, dB, dC))
+    return like(u, dx.mul_(p.dt).addcmul_(p.D, dy)), like(delta, ddt), dA, dB, dC, (dy * p.u).sum((0, 1)), dz, ddt.sum((0, 1))
 
 
-CHUNK, BLOCK_D = 8, 32  # time steps whose states the backward kernel holds in registers at once; channels to a program,
-                        # one for each thread of a warp
+CHUNK, BLOCK_D = 8, 32  # steps whose states the backward kernel holds in registers; channels of a program: a warp's threads
 
 if triton is not None:
-    # One program works through one sequence for BLOCK_D channels, with their states in a tile (BLOCK_N, BLOCK_D). What has
-    # (batch, dim, seqlen) comes as (pointer, its strides), so views need no copy; the rest is small and copied into the
-    # order in which it is read: A (dstate, dim); B, C (batch, seqlen, dstate). Offsets are 64-bit. `dim` is not specialized:
-    # did the compiler know that it divides by 16, it would give each thread four neighbouring channels, spread the states of
-    # one channel over several threads, and pay for every sum over states with shuffles between them.
+    # One program works through one sequence for BLOCK_D channels, with their states in a tile (BLOCK_N, BLOCK_D). What is
+    # (batch, dim, seqlen) comes as (pointer, its strides), so views need no copy; A, B, C come with their last dimensions
+    # swapped. Offsets are 64-bit. `dim` is not specialized: did the compiler know it to be a multiple of 16, it would
+    # spread the states of a channel over several threads, and every sum over states would need shuffles between them.
     LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
     @triton.jit
@@ -199,59 +180,55 @@ if triton is not None:
 
     @triton.jit
     def softplus(x):
-        """log(1 + exp(x)), without overflow, and to full precision where the result is small."""
+        """log(1 + exp(x)), without overflow; log(s) e / (s - 1) makes up for what is rounded off in s."""
         e = tl.exp(-tl.abs(x))
-        s = 1.0 + e                      # log(s) e / (s - 1) makes up for what was rounded off in s
+        s = 1.0 + e
         return tl.maximum(x, 0.0) + tl.where(s == 1.0, e, tl.log(s) * (e / tl.where(s == 1.0, 1.0, s - 1.0)))
 
     @triton.jit
-    def prepare(A, D, bias, dim, dstate, F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-        """-> this program's block of channels, sequence b, channels d, states n, their offsets in (dstate, dim), which of them
-        exist; A, D and bias there. A times log2(e): the chip has 2^x and makes e^x from it by one more product."""
+    def prepare(A, D, bias, dim, dstate, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+        """What a program works on. A comes times log2(e): the chip has 2^x, and makes e^x from it by one more product."""
         blocks = tl.cdiv(dim, BLOCK_D)
         block, b = (tl.program_id(0) % blocks).to(tl.int64), (tl.program_id(0) // blocks).to(tl.int64)
         d, n = block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N).to(tl.int64)
         in_d, in_n = d < dim, n < dstate
         nd, tile = n[:, None] * dim + d[None, :], in_n[:, None] & in_d[None, :]
         A_ = tl.load(A + nd, tile, 0.0) * LOG2_E
-        D_ = tl.load(D + d, in_d, 0.0) if D is not None else tl.zeros((BLOCK_D,), F)
-        bias_ = tl.load(bias + d, in_d, 0.0) if bias is not None else tl.zeros((BLOCK_D,), F)
+        D_ = tl.load(D + d, in_d, 0.0) if D is not None else tl.zeros((BLOCK_D,), A_.dtype)
+        bias_ = tl.load(bias + d, in_d, 0.0) if bias is not None else tl.zeros((BLOCK_D,), A_.dtype)
         return block, b, d, n, nd, in_d, in_n, tile, A_, D_, bias_
 
     @triton.jit
-    def discretize(u, delta, B, A, bias, b, d, n, t, seqlen, dstate, in_d, in_n, SOFTPLUS: tl.constexpr, F: tl.constexpr):
+    def discretize(u, delta, B, A, bias, b, d, n, t, seqlen, dstate, in_d, in_n, SOFTPLUS: tl.constexpr):
         """-> u_t, dt_t before and after the softplus (BLOCK_D); B_t (BLOCK_N); a_t (BLOCK_N, BLOCK_D)."""
-        u_t = tl.load(at(u, b, d, t), in_d, 0.0).to(F)
-        raw = tl.load(at(delta, b, d, t), in_d, 0.0).to(F) + bias
+        u_t = tl.load(at(u, b, d, t), in_d, 0.0).to(A.dtype)
+        raw = tl.load(at(delta, b, d, t), in_d, 0.0).to(A.dtype) + bias
         dt = tl.where(in_d, softplus(raw) if SOFTPLUS else raw, 0.0)  # beyond the end, leave the state as it is
         return u_t, raw, dt, tl.load(B + (b * seqlen + t) * dstate + n, in_n, 0.0), tl.exp2(dt[None, :] * A)
 
     @triton.jit(do_not_specialize=["dim"])
-    def forward_kernel(u, delta, z, out, A, B, C, D, bias, last, states, batch, dim, seqlen, dstate,
-                       SAVE: tl.constexpr, SOFTPLUS: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
-                       BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-        block, b, d, n, nd, in_d, in_n, tile, A_, D_, bias_ = prepare(A, D, bias, dim, dstate, F, BLOCK_N, BLOCK_D)
-        h = tl.zeros((BLOCK_N, BLOCK_D), F)
+    def forward_kernel(u, delta, z, out, A, B, C, D, bias, last, states, batch, dim, seqlen, dstate, SAVE: tl.constexpr,
+                       SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+        block, b, d, n, nd, in_d, in_n, tile, A_, D_, bias_ = prepare(A, D, bias, dim, dstate, BLOCK_N, BLOCK_D)
+        h = tl.zeros((BLOCK_N, BLOCK_D), A_.dtype)
         for t in range(seqlen):
             if SAVE and t % CHUNK == 0:                              # states (chunks, batch, dstate, dim)
                 tl.store(states + (t // CHUNK * batch + b) * dstate * dim + nd, h, tile)
-            u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, seqlen, dstate, in_d, in_n, SOFTPLUS, F)
+            u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, seqlen, dstate, in_d, in_n, SOFTPLUS)
             h = a * h + B_t[:, None] * (dt * u_t)[None, :]
-            C_t = tl.load(C + (b * seqlen + t) * dstate + n, in_n, 0.0)
-            y = tl.sum(C_t[:, None] * h, 0) + D_ * u_t
+            y = tl.sum(tl.load(C + (b * seqlen + t) * dstate + n, in_n, 0.0)[:, None] * h, 0) + D_ * u_t
             if z is not None:
-                z_t = tl.load(at(z, b, d, t), in_d, 0.0).to(F)
+                z_t = tl.load(at(z, b, d, t), in_d, 0.0).to(A_.dtype)
                 y *= z_t * tl.sigmoid(z_t)
             tl.store(at(out, b, d, t), y.to(out[0].dtype.element_ty), in_d)
         tl.store(last + b * dstate * dim + nd, h, tile)
 
     @triton.jit(do_not_specialize=["dim"])
-    def backward_kernel(dout, u, delta, z, du, ddelta, dz, A, B, C, D, bias, states, dA, dB, dC, dD, dbias,
-                        batch, dim, seqlen, dstate, SOFTPLUS: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
-                        BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-        block, b, d, n, nd, in_d, in_n, tile, A_, D_, bias_ = prepare(A, D, bias, dim, dstate, F, BLOCK_N, BLOCK_D)
-        dD_sum, dbias_sum, dA_sum = tl.zeros((BLOCK_D,), F), tl.zeros((BLOCK_D,), F), tl.zeros((BLOCK_N, BLOCK_D), F)
-        right = tl.zeros((BLOCK_N, BLOCK_D), F)                      # a_{t+1} g_{t+1}
+    def backward_kernel(dout, u, delta, z, du, ddelta, dz, A, B, C, D, bias, states, dA, dB, dC, dD, dbias, batch, dim, seqlen,
+                        dstate, SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+        block, b, d, n, nd, in_d, in_n, tile, A_, D_, bias_ = prepare(A, D, bias, dim, dstate, BLOCK_N, BLOCK_D)
+        dD_sum, dbias_sum = tl.zeros((BLOCK_D,), A_.dtype), tl.zeros((BLOCK_D,), A_.dtype)
+        dA_sum, right = tl.zeros((BLOCK_N, BLOCK_D), A_.dtype), tl.zeros((BLOCK_N, BLOCK_D), A_.dtype)  # right: a_{t+1} g_{t+1}
         for j in range(tl.cdiv(seqlen, CHUNK)):
             k = tl.cdiv(seqlen, CHUNK) - 1 - j                       # the chunk: steps k CHUNK, k CHUNK + 1, ...
             h = tl.load(states + (k * batch + b) * dstate * dim + nd, tile, 0.0)
@@ -259,17 +236,17 @@ if triton is not None:
             for i in tl.static_range(CHUNK):
                 t = k * CHUNK + i
                 u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, seqlen, dstate, in_d & (t < seqlen),
-                                                  in_n & (t < seqlen), SOFTPLUS, F)
+                                                  in_n & (t < seqlen), SOFTPLUS)
                 h = a * h + B_t[:, None] * (dt * u_t)[None, :]
                 hs += (h,)
             for i in tl.static_range(CHUNK - 1, -1, -1):
                 t = k * CHUNK + i
                 in_dt, in_nt = in_d & (t < seqlen), in_n & (t < seqlen)
-                u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, seqlen, dstate, in_dt, in_nt, SOFTPLUS, F)
+                u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, seqlen, dstate, in_dt, in_nt, SOFTPLUS)
                 C_t = tl.load(C + (b * seqlen + t) * dstate + n, in_nt, 0.0)
-                dy = tl.load(at(dout, b, d, t), in_dt, 0.0).to(F)    # beyond the end 0, and so is g
+                dy = tl.load(at(dout, b, d, t), in_dt, 0.0).to(A_.dtype)    # beyond the end 0, and so is g
                 if z is not None:                                    # out = y silu(z), so y is needed once more
-                    z_t = tl.load(at(z, b, d, t), in_dt, 0.0).to(F)
+                    z_t = tl.load(at(z, b, d, t), in_dt, 0.0).to(A_.dtype)
                     s = tl.sigmoid(z_t)
                     dz_t = dy * (tl.sum(C_t[:, None] * hs[i + 1], 0) + D_ * u_t) * s * (1.0 + z_t * (1.0 - s))
                     tl.store(at(dz, b, d, t), dz_t.to(dz[0].dtype.element_ty), in_dt)
@@ -295,28 +272,26 @@ if triton is not None:
         tl.store(dbias + b * dim + d, dbias_sum, in_d)
 
 
-def launch(kernel, strided, A, B, C, D, delta_bias, buffers, **options):
+def launch(kernel, u, A, strided, others, buffers, **options):
     """Starts a program for each sequence and each block of channels."""
-    u = strided[0]
     if triton is None or not (u.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         raise RuntimeError("selective_scan_triton needs triton and a GPU, or TRITON_INTERPRET=1 set before Python starts")
-    f64, f = u.dtype == torch.float64, torch.promote_types(u.dtype, torch.float32)
-    matrices = A.t(), B.transpose(1, 2), C.transpose(1, 2), D, delta_bias
-    with torch.cuda.device_of(u):                                    # Triton starts kernels on the current device
+    f = torch.promote_types(u.dtype, torch.float32)
+    with torch.cuda.device_of(u):                                    # where Triton starts kernels
         kernel[(u.shape[0] * triton.cdiv(u.shape[1], BLOCK_D),)](
             *(None if x is None else (x, *x.stride()) for x in strided),
-            *(None if x is None else x.to(f).contiguous() for x in matrices), *buffers, *u.shape, A.shape[1],
-            F=tl.float64 if f64 else tl.float32, CHUNK=CHUNK, BLOCK_D=BLOCK_D, BLOCK_N=triton.next_power_of_2(A.shape[1]),
+            *(None if x is None else (x.mT if x.dim() > 1 else x).to(f).contiguous() for x in others), *buffers, *u.shape,
+            A.shape[1], CHUNK=CHUNK, BLOCK_N=triton.next_power_of_2(A.shape[1]), BLOCK_D=BLOCK_D,
             num_warps=BLOCK_D // 32, **options)
 
 
 def triton_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
     """As `cpu_forward`. Raises RuntimeError where Triton cannot run."""
-    out, f = torch.empty_like(u), torch.promote_types(u.dtype, torch.float32)
+    f, strided = torch.promote_types(u.dtype, torch.float32), (u, delta, z, out := torch.empty_like(u))
     last = u.new_empty(u.shape[0], A.shape[1], A.shape[0], dtype=f)
     states = u.new_empty(states_shape(CHUNK, u, A, save), dtype=f)
-    launch(forward_kernel, (u, delta, z, out), A, B, C, D, delta_bias, (last, states), SAVE=save, SOFTPLUS=delta_softplus)
-    return out, last.transpose(1, 2).contiguous(), states
+    launch(forward_kernel, u, A, strided, (A, B, C, D, delta_bias), (last, states), SAVE=save, SOFTPLUS=delta_softplus)
+    return out, last.mT.contiguous(), states
 
 
 def triton_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus):
@@ -325,25 +300,24 @@ def triton_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_sof
     du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
     dA, (dD, dbias) = u.new_empty(batch, dstate, dim, dtype=f), u.new_empty(2, batch, dim, dtype=f)
     dB, dC = u.new_empty(2, triton.cdiv(dim, BLOCK_D), batch, seqlen, dstate, dtype=f)
-    launch(backward_kernel, (dout, u, delta, z, du, ddelta, dz), A, B, C, D, delta_bias,
-           (states, dA, dB, dC, dD, dbias), SOFTPLUS=delta_softplus)
-    return (du, ddelta, dA.sum(0).t().contiguous(), dB.sum(0).transpose(1, 2).contiguous(),
-            dC.sum(0).transpose(1, 2).contiguous(), dD.sum(0), u.new_empty(0) if z is None else dz, dbias.sum(0))
+    strided, buffers = (dout, u, delta, z, du, ddelta, dz), (states, dA, dB, dC, dD, dbias)
+    launch(backward_kernel, u, A, strided, (A, B, C, D, delta_bias), buffers, SOFTPLUS=delta_softplus)
+    dA, dB, dC = (x.sum(0).mT.contiguous() for x in (dA, dB, dC))
+    return du, ddelta, dA, dB, dC, dD.sum(0), u.new_empty(0) if z is None else dz, dbias.sum(0)
 
 
 def states_shape(chunk, u, A, save):
-    """Of what is saved for the backward pass: the state before each chunk of time."""
+    """(chunks of time, batch, dstate, dim): of the state before each chunk, which the backward pass starts from."""
     return -(-u.shape[2] // chunk) if save else 0, u.shape[0], A.shape[1], u.shape[1]
 
 
 def make_scan(name, forward, backward, chunk):
     """Makes a forward and a backward pass one differentiable function, which torch.compile takes as it is."""
-    inputs = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    inputs = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
     op = torch.library.custom_op(f"pathstar::{name}", forward, mutates_args=(), schema=
-                                 f"({inputs} bool delta_softplus, bool save) -> (Tensor, Tensor, Tensor)")
+                                 f"({inputs} bool delta_softplus, bool save) -> ({', '.join(['Tensor'] * 3)})")
     op_backward = torch.library.custom_op(f"pathstar::{name}_backward", backward, mutates_args=(), schema=
-                                          f"(Tensor dout, {inputs} Tensor states, bool delta_softplus) -> "
-                                          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+                                          f"(Tensor dout, {inputs} Tensor states, bool soft) -> ({', '.join(['Tensor'] * 8)})")
 
     @op.register_fake                              # shapes and dtypes without the work, for torch.compile
     def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
@@ -353,11 +327,12 @@ def make_scan(name, forward, backward, chunk):
     @op_backward.register_fake
     def _(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus):
         dA, dB, dC, dD, dbias = map(states.new_empty, (A.shape, B.shape, C.shape, A.shape[:1], A.shape[:1]))
-        return torch.empty_like(u), torch.empty_like(delta), dA, dB, dC, dD, u.new_empty(0) if z is None else torch.empty_like(z), dbias
+        du, ddelta, dz = (u.new_empty(0) if x is None else torch.empty_like(x) for x in (u, delta, z))
+        return du, ddelta, dA, dB, dC, dD, dz, dbias
 
     def save_inputs(ctx, inputs, output):
-        *tensors, ctx.delta_softplus, _ = inputs
-        ctx.save_for_backward(*tensors, output[2])
+        ctx.save_for_backward(*inputs[:8], output[2])
+        ctx.delta_softplus = inputs[8]
 
     def differentiate(ctx, dout, dlast, dstates):
         grads = op_backward(dout, *ctx.saved_tensors, ctx.delta_softplus)
@@ -378,45 +353,48 @@ selective_scan_triton = make_scan("scan_triton", triton_forward, triton_backward
 
 
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
-    """out_t = (<C_t, h_t> + D u_t) silu(z_t) with h_t = exp(dt_t A) h_{t-1} + B_t dt_t u_t.
+    """A drop-in for `selective_scan_fn` of the mamba_ssm package: real A, B and C that vary with time, shapes as on top.
 
-    A drop-in for `selective_scan_fn` of the mamba_ssm package, for real A and for B, C that vary with time.
-
-    u, delta, z (batch, dim, seqlen); A (dim, dstate), negative for a state that decays; B, C (batch, dstate, seqlen); D,
-    delta_bias (dim,). Any strides. D, z, delta_bias may be None. dt is delta + delta_bias, or the softplus of that.
-    Returns out (batch, dim, seqlen) in u's dtype; with return_last_state also h after the last step (batch, dim, dstate),
-    through which no gradient flows. States are float32, for float64 u float64, whatever the inputs are.
-    Raises ValueError for arguments of another form.
+    Any strides. D, z, delta_bias may be None. dt is delta + delta_bias, or the softplus of that. Returns out (batch, dim,
+    seqlen) in u's dtype; with return_last_state also h after the last step (batch, dim, dstate), through which no gradient
+    flows. States are float32, for float64 u float64. Raises ValueError for arguments of another form.
     """
     small = u.dim() == 3 and (u.size(2) == 1 or u.numel() * A.size(-1) < 1000)  # the fast paths cost more than they save
     scan = selective_scan_triton if u.is_cuda and triton is not None else selective_scan_ref if small else selective_scan_cpu
     return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
-def both_passes(scan, inputs):
-    """-> out, last state and the gradients of sum(out^2)."""
-    out, last = scan(*inputs, delta_softplus=True, return_last_state=True)
-    return [out, last, *torch.autograd.grad((out * out).sum(), inputs)]
+def benchmark(device, shapes, dtypes, rivals):
+    """Prints the median times of `selective_scan`, and as multiples those of rivals {name: function} for both passes."""
+    def milliseconds(f):
+        timer = Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
+        return triton.testing.do_bench(f, return_mode="median") if device == "cuda" else timer.blocked_autorange().median * 1e3
 
-
-def check_and_benchmark(device):
-    from torch.utils.benchmark import Timer
-    print(f"{device}, {torch.get_num_threads()} threads, float32, forward + backward, (batch, seqlen, dim, dstate): largest "
-          "error against float64, relative to the largest value; median time; and beside it that of the plain loop")
-    for b, l, d, n in ((1, 1, 16, 1), (2, 31, 70, 5), (1, 257, 40, 16), (32, 27, 64, 16), (128, 27, 128, 16), (256, 17, 256, 16)):
-        shapes = (b, d, l), (b, d, l), (d, n), (b, n, l), (b, n, l), (d,), (b, d, l), (d,)
-        inputs = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
-        inputs[2].data = -n * torch.rand_like(inputs[2])             # A
-        exact = both_passes(selective_scan_ref, [x.detach().double().requires_grad_() for x in inputs])
-        error = max(((x - y).abs().max() / y.abs().max().clamp(min=1e-6)).item()
-                    for x, y in zip(both_passes(selective_scan, inputs), exact))
-        fast, plain = (Timer("f(scan, inputs)", globals={"f": both_passes, "scan": scan, "inputs": inputs}).blocked_autorange(
-            min_run_time=1).median * 1e3 for scan in (selective_scan, selective_scan_ref))
-        print(f"{(b, l, d, n)!s:20} error {error:.1e}, {fast:8.3f} ms, loop {plain:8.3f} ms: {plain / fast:4.1f} times faster")
-        assert error < 1e-4, "the implementations disagree"
+    if device == "cuda":
+        memory, chip = torch.empty(1 << 30, device=device), triton.runtime.driver.active.utils.get_device_properties(0)
+        copied = 8 * memory.numel() / milliseconds(memory.clone)                             # bytes in a millisecond
+        exps = 16 * chip["multiprocessor_count"] * chip["sm_clock_rate"]                     # in a millisecond
+    for (b, l, d, n), dtype in [(shape, dtype) for shape in shapes for dtype in dtypes]:
+        sizes = (b, d, l), (b, d, l), (d, n), (b, n, l), (b, n, l), (d,), (b, d, l), (d,)
+        inputs = [torch.randn(s, device=device, dtype=dtype if len(s) == 3 else None).requires_grad_() for s in sizes]
+        inputs[2].data = -n * torch.rand_like(inputs[2])                                     # A
+        out = selective_scan(*inputs, delta_softplus=True)
+        times = (milliseconds(lambda: selective_scan(*inputs, delta_softplus=True)),
+                 milliseconds(lambda: torch.autograd.grad(out, inputs, out, retain_graph=True)))
+        line = f"{(b, l, d, n)!s:20} {str(dtype)[6:]:8} | forward {times[0]:.3f}, backward {times[1]:.3f}"
+        for moved, e, time in ((4, n + 3, times[0]), (7, 2 * n + 6, times[1])) if device == "cuda" else ():  # counts per u_t
+            line += f" | {out.nbytes * moved / copied / time:.0%} of copying, {out.numel() * e / exps / time:.0%} of exp"
+        for name, rival in rivals.items():
+            both = lambda: torch.autograd.grad((y := rival(*inputs, delta_softplus=True)), inputs, y, allow_unused=True)
+            line += f" | {name} {milliseconds(both) / sum(times):.1f}x"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    for name in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        check_and_benchmark(name)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; (batch, seqlen, dim, dstate), milliseconds")
+    rivals, dtypes = {"loop": selective_scan_ref}, [torch.float32, torch.bfloat16]
+    benchmark("cpu", [(1, 1, 16, 1), (1, 257, 40, 16), (128, 27, 128, 16), (256, 17, 256, 16)], dtypes[:1], rivals)
+    if torch.cuda.is_available():
+        if importlib.util.find_spec("mamba_ssm"):
+            rivals["mamba_ssm"] = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+        benchmark("cuda", [(256, 31, 1568, 16), (8, 2048, 1536, 16), (8, 2048, 3072, 16)], dtypes, rivals)
