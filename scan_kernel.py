@@ -313,11 +313,11 @@ def states_shape(chunk, u, A, save):
 
 def make_scan(name, forward, backward, chunk):
     """Makes a forward and a backward pass one differentiable function, which torch.compile takes as it is."""
-    inputs = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
+    schema = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
     op = torch.library.custom_op(f"pathstar::{name}", forward, mutates_args=(), schema=
-                                 f"({inputs} bool delta_softplus, bool save) -> ({', '.join(['Tensor'] * 3)})")
+                                 f"({schema} bool delta_softplus, bool save) -> ({', '.join(['Tensor'] * 3)})")
     op_backward = torch.library.custom_op(f"pathstar::{name}_backward", backward, mutates_args=(), schema=
-                                          f"(Tensor dout, {inputs} Tensor states, bool soft) -> ({', '.join(['Tensor'] * 8)})")
+                                          f"(Tensor dout, {schema} Tensor states, bool soft) -> ({', '.join(['Tensor'] * 8)})")
 
     @op.register_fake                              # shapes and dtypes without the work, for torch.compile
     def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
@@ -335,8 +335,9 @@ def make_scan(name, forward, backward, chunk):
         ctx.delta_softplus = inputs[8]
 
     def differentiate(ctx, dout, dlast, dstates):
-        grads = op_backward(dout, *ctx.saved_tensors, ctx.delta_softplus)
-        return *(None if x is None else grad for x, grad in zip(ctx.saved_tensors, grads)), None, None
+        *inputs, states = ctx.saved_tensors
+        grads = op_backward(dout, *inputs, states, ctx.delta_softplus)
+        return *(None if x is None else grad for x, grad in zip(inputs, grads)), None, None
 
     op.register_autograd(differentiate, setup_context=save_inputs)
 
@@ -354,7 +355,6 @@ selective_scan_triton = make_scan("scan_triton", triton_forward, triton_backward
 
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
     """A drop-in for `selective_scan_fn` of the mamba_ssm package: real A, B and C that vary with time, shapes as on top.
-
     Any strides. D, z, delta_bias may be None. dt is delta + delta_bias, or the softplus of that. Returns out (batch, dim,
     seqlen) in u's dtype; with return_last_state also h after the last step (batch, dim, dstate), through which no gradient
     flows. States are float32, for float64 u float64. Raises ValueError for arguments of another form.

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 import data
 import sample
@@ -279,7 +281,7 @@ def test_extremes(scan):
         inputs[2] *= 50
     assert_matches(scan, inputs)
     empty = scan(*(x[:0] if x.dim() == 3 else x for x in inputs), delta_softplus=True)
-    assert empty.shape == (0, 4, 12)
+    assert empty.shape == (0, 4, 12) and torch.autograd.grad(empty.sum(), inputs[2])[0].abs().max() == 0
 
 
 @pytest.mark.parametrize("scan", SCANS)
@@ -297,18 +299,94 @@ def test_gradients_by_finite_differences():
     torch.autograd.gradcheck(lambda *x: selective_scan_cpu(*x, delta_softplus=True), scan_inputs(2, 5, 3, 2, torch.float64))
 
 
-def test_scan_remembers_chunk_states_only():
-    """What is saved for the backward pass besides the inputs stays far below (batch, dim, seqlen, dstate)."""
-    batch, seqlen, dim, dstate = size = 2, 256, 32, 16
-    for scan in SCANS:
-        if scan is selective_scan_triton:
-            batch, seqlen, dim, dstate = size = 1, 64, 4, 16
-        inputs = scan_inputs(*size)
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-            scan(*inputs, delta_softplus=True)
-        mine = sum(x.numel() for x in saved if not any(x.data_ptr() == y.data_ptr() for y in inputs))
-        assert 0 < mine <= batch * seqlen * dim * dstate // 8
+GRID = [(selective_scan_cpu, torch.float32, seqlen) for seqlen in (128, 256, 512, 1024, 2048, 4096)]
+GRID += [(selective_scan_cpu, dtype, seqlen) for dtype in (torch.float16, torch.bfloat16) for seqlen in (128, 4096)]
+GRID += [(scan, dtype, seqlen) for scan in SCANS[1:] for dtype, seqlen in (
+    (torch.float32, 512), (torch.float16, 128), (torch.bfloat16, 128))]
+
+@pytest.mark.parametrize("scan, dtype, seqlen", GRID)
+def test_grid_of_mamba_ssm(scan, dtype, seqlen):
+    """The sizes, inputs and tolerances with which the mamba_ssm package tests its CUDA kernel."""
+    rtol, atol = {torch.float32: (6e-4, 2e-3), torch.float16: (3e-3, 5e-3), torch.bfloat16: (3e-2, 5e-2)}[dtype]
+    torch.manual_seed(0)
+    batch, dim, dstate = 2, 4, 8
+    u, B, C, z = (torch.randn(batch, n, seqlen, dtype=dtype) for n in (dim, dstate, dstate, dim))
+    delta, A = (0.5 * torch.rand(batch, dim, seqlen)).to(dtype), -0.5 * torch.rand(dim, dstate)
+    inputs = [x.requires_grad_() for x in (u, delta, A, B, C, torch.randn(dim), z, 0.5 * torch.rand(dim))]
+    (out, last, *grads), (out_ref, last_ref, *grads_ref) = ([*result, *torch.autograd.grad(result[0], inputs, torch.ones_like(u))]
+        for result in (f(*inputs, delta_softplus=True, return_last_state=True) for f in (scan, selective_scan_ref)))
+    torch.testing.assert_close(out, out_ref, rtol=rtol, atol=atol)
+    torch.testing.assert_close(last, last_ref, rtol=rtol, atol=atol)
+    weights = max(1e-3, rtol), max(1e-3, atol)
+    for name, grad, ref in zip(NAMES, grads, grads_ref):
+        r, a = {"u": (2 * rtol, 2 * atol), "delta": (5 * rtol, 10 * atol), "A": (weights[0], 5 * weights[1]),
+                "B": (rtol, atol), "C": (rtol, atol)}.get(name, weights)
+        torch.testing.assert_close(grad, ref, rtol=r, atol=a, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_scan_under_compile_and_checkpoint(scan):
+    """No graph break; the same bits, and the same bits again."""
+    inputs = scan_inputs(3, 33, 20, 4)
+    plain = passes(scan, inputs)
+    for wrapped in (scan, torch.compile(scan, fullgraph=True, backend="aot_eager"),
+                    lambda *x, **options: torch.utils.checkpoint.checkpoint(scan, *x, use_reentrant=False, **options)):
+        for name, x in passes(wrapped, inputs).items():
+            torch.testing.assert_close(x, plain[name], rtol=0, atol=0, msg=lambda text: f"{name}: {text}")
+
+
+class Live(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the elements of the tensors that are alive, and the most there ever were."""
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def freed(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.known:
+                self.known.add(key)
+                self.now += (size := x.untyped_storage().nbytes() // x.element_size())
+                weakref.finalize(x.untyped_storage(), self.freed, key, size)
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_scan_memory(scan, monkeypatch):
+    """Saved for the backward pass: the inputs, and a state for each chunk of time. At no time is there a tensor of (batch,
+    dim, seqlen, dstate), nor as much memory in pieces of it."""
+    batch, seqlen, dim, dstate = size = (4, 256, 64, 128) if scan is selective_scan_cpu else (1, 64, 32, 64)
+    monkeypatch.setattr(scan_kernel, "PIECE", 1 << 14)
+    inputs = scan_inputs(*size)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        scan(*inputs, delta_softplus=True)
+    mine = sum(x.numel() for x in saved if not any(x.data_ptr() == y.data_ptr() for y in inputs))
+    chunk = scan_kernel.TIME if scan is selective_scan_cpu else scan_kernel.CHUNK
+    assert mine == -(-seqlen // chunk) * batch * dim * dstate
+    forward, backward = (scan_kernel.cpu_forward, scan_kernel.cpu_backward) if scan is selective_scan_cpu else (
+        scan_kernel.triton_forward, scan_kernel.triton_backward)
+    inputs = [x.detach() for x in inputs]
+    monkeypatch.setattr(scan_kernel, "launch", lambda *args, **options: None)  # kernels allocate nothing, their interpreter does
+    with Live() as live:
+        out, _, states = forward(*inputs, True, True)
+        backward(torch.ones_like(out), *inputs, states, True)
+    assert mine < live.peak < batch * seqlen * dim * dstate / 2
+
+
+@pytest.mark.skipif(scan_kernel.triton is None or sys.platform != "linux", reason="needs triton, and memory only when touched")
+def test_offsets_beyond_32_bits():
+    inputs = scan_inputs(2, 3, 4, 2)
+    storage = torch.empty((1 << 31) + 100, dtype=torch.float16)      # 4 GB of which two pages are touched
+    far = storage.as_strided((2, 4, 3), (1 << 31, 3, 1))
+    with torch.no_grad():
+        near = far.copy_(inputs[0]).clone()
+    torch.testing.assert_close(selective_scan_triton(far, *inputs[1:]), selective_scan_triton(near, *inputs[1:]), rtol=0, atol=0)
 
 
 def test_scan_arguments():
