@@ -36,9 +36,9 @@ def attention(q, k, v):
     q (B, n_head, T, d); k, v (B, n_head, S, d) with S >= T: the queries are the last T of the S positions.
     """
     T, S = q.size(2), k.size(2)
-    scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))                           # (B, n_head, T, S)
-    future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-    return scores.masked_fill(future, float("-inf")).softmax(dim=3) @ v             # (B, n_head, T, d)
+    future = torch.full((T, S), float("-inf"), dtype=q.dtype, device=q.device).triu(S - T + 1)
+    scores = (q / math.sqrt(q.size(3))) @ k.transpose(2, 3) + future                # (B, n_head, T, S)
+    return scores.softmax(dim=3) @ v                                                # (B, n_head, T, d)
 
 
 def fused_attention(q, k, v):
@@ -140,9 +140,12 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens):
-        """Continues idx (B, T) greedily, one token at a time from a cache -> (B, T + max_new_tokens)."""
-        cache, tokens = self.new_cache(), [idx]
+    def generate(self, idx, max_new_tokens, cache=None):
+        """Continues idx (B, T) greedily, one token at a time from a cache -> (B, T + max_new_tokens).
+
+        With a cache, idx continues the tokens that it has seen.
+        """
+        cache, tokens = self.new_cache() if cache is None else cache, [idx]
         for _ in range(max_new_tokens):
             logits, _ = self(tokens[-1], cache=cache)
             tokens.append(logits[:, -1].argmax(dim=-1, keepdim=True))

@@ -67,12 +67,13 @@ class MambaBlock(nn.Module):
         """x (B, L, d_model) -> the same shape. A cache holds the last inputs of the convolution and the scan's state."""
         if cache and x.size(1) > 1:                             # a cache is continued one token at a time
             return torch.cat([self(x_t, cache) for x_t in x.split(1, dim=1)], dim=1)
-        u, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)                      # (B, d_inner, L) each
+        u, z = self.in_proj(x).chunk(2, dim=2)                                      # (B, L, d_inner) each
         u, conv_state = self.convolve(u, cache["conv"] if cache else None)
         u = F.silu(u)
-        dt, B, C = self.x_proj(u.transpose(1, 2)).split(self.sizes, dim=2)          # (B, L, dt_rank), (B, L, d_state) x 2
-        delta = F.linear(dt, self.dt_proj.weight).transpose(1, 2)                   # its bias is added in the scan
-        B, C, A = B.transpose(1, 2), C.transpose(1, 2), -torch.exp(self.A_log)
+        dt, B, C = self.x_proj(u).split(self.sizes, dim=2)                          # (B, L, dt_rank), (B, L, d_state) x 2
+        delta = F.linear(dt, self.dt_proj.weight)                                   # its bias is added in the scan
+        u, delta, B, C, z = (y.transpose(1, 2) for y in (u, delta, B, C, z))        # time comes last in the scan
+        A = -torch.exp(self.A_log)
         if cache:
             y, state = step(u, delta, A, B, C, self.D, z, self.dt_proj.bias, cache["ssm"])
         else:
@@ -83,14 +84,15 @@ class MambaBlock(nn.Module):
         return self.out_proj(y.transpose(1, 2))
 
     def convolve(self, u, before=None):
-        """Causal depthwise convolution of u (B, d_inner, L), where `before` stood to the left of it (zeros at the start).
+        """Causal depthwise convolution of u (B, L, d_inner), where `before` stood to the left of it (zeros at the start).
 
-        -> the same shape, and the last d_conv - 1 inputs, (B, d_inner, d_conv - 1), for the call that continues.
+        -> the same shape, and the last d_conv - 1 inputs, (B, d_conv - 1, d_inner), for the call that continues.
         """
-        width, L = self.conv1d.kernel_size[0], u.size(2)
-        u = F.pad(u, (width - 1, 0)) if before is None else torch.cat([before, u], dim=2)
-        y = F.conv1d(u, self.conv1d.weight, self.conv1d.bias, groups=u.size(1))
-        return y, u[:, :, L:]
+        width, L = self.conv1d.kernel_size[0], u.size(1)
+        u = F.pad(u, (0, 0, width - 1, 0)) if before is None else torch.cat([before, u], dim=1)
+        # as an image of height 1 with channels last, the layout that u has: conv1d would transpose it and back
+        y = F.conv2d(u.transpose(1, 2)[:, :, None], self.conv1d.weight[:, :, None], self.conv1d.bias, groups=u.size(2))
+        return y[:, :, 0].transpose(1, 2), u[:, L:]
 
 
 def step(u, delta, A, B, C, D, z, delta_bias, h):
@@ -154,9 +156,12 @@ class Mamba(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens):
-        """Continues idx (B, L) greedily, one token at a time from a cache -> (B, L + max_new_tokens)."""
-        cache, tokens = self.new_cache(), [idx]
+    def generate(self, idx, max_new_tokens, cache=None):
+        """Continues idx (B, L) greedily, one token at a time from a cache -> (B, L + max_new_tokens).
+
+        With a cache, idx continues the tokens that it has seen.
+        """
+        cache, tokens = self.new_cache() if cache is None else cache, [idx]
         for _ in range(max_new_tokens):
             logits, _ = self(tokens[-1], cache=cache)
             tokens.append(logits[:, -1].argmax(dim=-1, keepdim=True))

@@ -85,10 +85,10 @@ class Pieces:
         batch, _, seqlen = u.shape
         self.dtype = torch.promote_types(u.dtype, torch.float32)
         self.A, self.D = A.to(self.dtype).t().contiguous(), u.new_zeros((), dtype=self.dtype) if D is None else D.to(self.dtype)
-        self.u, self.dt, self.B, self.C, self.z = (None if x is None else x.to(self.dtype).mT.contiguous()
-                                                   for x in (u, delta, B, C, z))
-        self.dt = self.dt if delta_bias is None else self.dt + delta_bias.to(self.dtype)
-        self.dt = F.softplus(self.dt) if delta_softplus else self.dt
+        self.u, self.raw, self.B, self.C, self.z = (None if x is None else x.to(self.dtype).mT.contiguous()
+                                                    for x in (u, delta, B, C, z))
+        self.raw = self.raw if delta_bias is None else self.raw + delta_bias.to(self.dtype)
+        self.dt = F.softplus(self.raw) if delta_softplus else self.raw
         self.x = self.dt * self.u
         rows = max(1, min(batch, PIECE * torch.get_num_threads() // (min(seqlen, TIME) * A.numel())))
         self.memory = self.A.new_empty(3, rows * min(seqlen, TIME) * A.numel())
@@ -133,9 +133,7 @@ def cpu_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softpl
     p = Pieces(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     dy = dout = dout.to(p.dtype).mT.contiguous()
     if z is not None:
-        y, s = torch.empty_like(dy), torch.sigmoid(p.z)
-        silu = p.z * s
-        dy = dout * silu
+        y, dy = torch.empty_like(dout), dout * F.silu(p.z)
     (ddt, dx, dB, dC), dA = map(torch.empty_like, (dy, dy, p.B, p.C)), torch.zeros_like(p.A)
     carry = p.A.new_zeros(u.shape[0], *p.A.shape)                    # a_{t+1} g_{t+1} of the chunk to the right
     for k, b, t in reversed(p.all):
@@ -156,10 +154,10 @@ def cpu_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softpl
         w[:, 0].mul_(states[k, b])
         ddt[b, t] = torch.mul(w, p.A, out=g).sum(2)
         dA += torch.mul(w, p.dt[b, t, None, :], out=g).sum((0, 1))
-    dz = u.new_empty(0) if z is None else like(z, y.addcmul_(p.D, p.u).mul_(dout).mul_(s + silu * (1 - s)))
+    dz = u.new_empty(0) if z is None else like(z, torch.ops.aten.silu_backward(y.addcmul_(p.D, p.u).mul_(dout), p.z))
     ddt.addcmul_(p.u, dx)
     if delta_softplus:
-        ddt *= -torch.expm1(-p.dt)                                   # 1 - e^-dt, which is sigmoid(delta)
+        ddt = torch.ops.aten.softplus_backward(ddt, p.raw, 1, 20)
     dA, dB, dC = (x.mT.contiguous() for x in (dA, dB, dC))
     return like(u, dx.mul_(p.dt).addcmul_(p.D, dy)), like(delta, ddt), dA, dB, dC, (dy * p.u).sum((0, 1)), dz, ddt.sum((0, 1))
 

@@ -621,20 +621,26 @@ class Cheat:
     def __init__(self, star):
         self.star = star
 
-    def __call__(self, idx, all_logits):
-        best = torch.zeros_like(idx)
+    def new_cache(self):
+        return []
+
+    def __call__(self, idx, cache, all_logits=False):
+        cache.append(idx)
+        seen = torch.cat(cache, dim=1)
+        best = torch.zeros_like(seen)
         P = self.star.prefix_len
-        for row, out in zip(idx.tolist(), best):
+        for row, out in zip(seen.tolist(), best):
             edges = list(zip(row[0:P - 3:3], row[1:P - 3:3]))
             out[P - 1] = row[P - 3]
             for t in range(P, len(row)):
                 out[t] = next((b for a, b in edges if a == row[t]), 0)
-        return F.one_hot(best, self.star.vocab_size).float(), None
+        return F.one_hot(best[:, -idx.size(1) if all_logits else -1:], self.star.vocab_size).float(), None
 
-    def generate(self, idx, n):
+    def generate(self, idx, n, cache):
+        tokens = [idx]
         for _ in range(n):
-            idx = torch.cat([idx, self(idx, True)[0][:, -1:].argmax(dim=2)], dim=1)
-        return idx
+            tokens.append(self(tokens[-1], cache)[0].argmax(dim=2))
+        return torch.cat(tokens, dim=1)
 
 
 def test_phases_are_told_apart():

@@ -12,6 +12,7 @@ tokens, and the *forced* pass (`forced_accuracy`, `forced_node_accuracy`), where
     python train.py --model mamba --teacherless
 """
 import argparse
+import copy
 import dataclasses
 import functools
 import importlib
@@ -180,16 +181,16 @@ def predict(model, prompts, targets, dollar, at_once=1000):
     Inference sees the prompts only: greedy and one token at a time, or, where dollar is not None (teacherless), all tokens
     in one pass. The forced pass sees the true tokens before each one; it is None where nothing is fed in.
     """
-    def in_one_pass(inputs):
-        return model(inputs, all_logits=True)[0][:, prompts.size(1) - 1:].argmax(dim=2)
-
     own, forced = [], []
     for prompt, target in zip(prompts.split(at_once), targets.split(at_once)):
         if dollar is not None:
-            own.append(in_one_pass(model_input(prompt, target, dollar)))
-        else:
-            own.append(model.generate(prompt, target.size(1))[:, prompt.size(1):])
-            forced.append(in_one_pass(model_input(prompt, target)))
+            own.append(model(model_input(prompt, target, dollar), all_logits=True)[0][:, prompt.size(1) - 1:].argmax(dim=2))
+            continue
+        cache = model.new_cache()                                    # both phases continue from the prompt
+        first, fed = model(prompt, cache=cache)[0].argmax(dim=2), target[:, :-1]
+        logits = [model(fed, cache=copy.deepcopy(cache), all_logits=True)[0].argmax(dim=2)] if fed.size(1) else []
+        forced.append(torch.cat([first, *logits], dim=1))
+        own.append(model.generate(first, fed.size(1), cache))
     return torch.cat(own), torch.cat(forced) if forced else None
 
 
@@ -254,8 +255,7 @@ def make_optimizer(model, config, device):
 
 def setup(given, defaults, rank, world):
     """Everything that can be wrong, before anything is written -> config, checkpoint or None, data, model, device, dtype."""
-    config = resolve(given, defaults)
-    ckpt = None
+    config, ckpt = resolve(given, defaults), None
     if config["resume"]:
         if config["out_dir"] is None and config["deg"] is None:
             raise ValueError("--resume needs --out_dir where the graphs come from files")
