@@ -12,6 +12,7 @@ in teacherless training, is num_nodes + 3. Commas are not tokens. So the prefix 
     python data.py --deg 2 --path_len 5 --num_nodes 50 -n 3 --seed 0        prints three graphs
 """
 import argparse
+import functools
 import math
 import re
 import sys
@@ -236,6 +237,36 @@ def datasets(deg=None, path_len=None, num_nodes=None, n_train=None, n_test=None,
             sets[name] = draw_unseen(star, drawn[name], np.random.default_rng([seed, stream]), seen.get(other, ()))
             seen[name] = set(keys(sets[name][0]))
     return star, sets["train"], sets["test"], warnings
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    return np.random.default_rng([seed, 2, epoch]).permutation(n)
+
+
+def batch_indices(n, batch_size, seed, it):
+    """Which of n training graphs step `it` sees: an endless row of shuffled epochs, a function of the step alone."""
+    position, left, parts = it * batch_size, batch_size, []
+    while left:
+        epoch, offset = divmod(position, n)
+        parts.append(epoch_order(n, seed, epoch)[offset:offset + left])
+        position, left = position + len(parts[-1]), left - len(parts[-1])
+    return np.concatenate(parts)
+
+
+def verdict(result, config):
+    """One sentence on what an evaluation shows."""
+    accuracy, chance, forced = result["accuracy"], 1 / config["deg"], result["forced_node_accuracy"]
+    seen = f"accuracy {accuracy:.1%}, where guessing an arm gives {chance:.1%}"
+    margin = 0.02 + 4 * (chance * (1 - chance) / config["n_test"]) ** 0.5    # four standard errors of a guesser's accuracy
+    if accuracy >= 0.99:
+        return f"{seen}: solved, the model finds the {'first hop' if config['only_first_hop'] else 'path'}."
+    if config["only_first_hop"] and abs(accuracy - chance) < margin:
+        return f"{seen}: the first hop alone is not learned, the model guesses (the indecipherable token)."
+    if forced and len(forced) > 2 and not config["reverse"] and min(forced[2:]) >= 0.99 and abs(forced[1] - chance) < margin:
+        return (f"{seen}: the Clever Hans cheat. Given the true nodes before, the first hop is right {forced[1]:.1%} of the "
+                f"time, a guess, but the worst of the later nodes {min(forced[2:]):.1%}, a look-up.")
+    return f"{seen}: neither solved nor the cheat. Not trained enough, or not on enough graphs."
 
 
 class Flags(argparse.ArgumentParser):

@@ -7,8 +7,8 @@
 import numpy as np
 import torch
 
-from data import Flags, assemble, draw, parse_line, read_graphs, walk_arms
-from train import load_run, predict, prompts_and_targets, summary, verdict
+from data import Flags, assemble, draw, parse_line, read_graphs, verdict, walk_arms
+from train import load_run, predict, prompts_and_targets, summary
 
 
 def graphs_from(args, star):

@@ -5,8 +5,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -663,8 +665,7 @@ def test_phases_are_told_apart():
 
 
 def test_every_epoch_sees_every_graph_once():
-    config = {"batch_size": 8, "seed": 0}
-    seen = torch.cat([train.batch_indices(20, config, it) for it in range(5)])
+    seen = np.concatenate([data.batch_indices(20, 8, 0, it) for it in range(5)])
     assert Counter(seen[:20].tolist()) == Counter(seen[20:].tolist()) == Counter(range(20))
     assert seen[:20].tolist() != seen[20:].tolist()
 
@@ -742,30 +743,59 @@ def test_stops_when_solved(monkeypatch, tmp_path, capsys):
     assert last["accuracy"] >= 0.995 and last["iter"] < 2200 and "solved" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [("--model", "gpt"), ("--model", "mamba", "--teacherless", "--n_train", 0)])
-def test_resume_equals_never_interrupted(flags, monkeypatch, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+def same_run(one, two):
+    """The same weights, optimizer state and log, but for the time that it took."""
+    a, b = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (one, two))
+    for x, y in zip(*(torch.utils._pytree.tree_leaves((ckpt["model"], ckpt["optimizer"]["state"])) for ckpt in (a, b)), strict=True):
+        assert torch.equal(torch.as_tensor(x), torch.as_tensor(y))
+    assert a["iter"] == b["iter"] and a["result"] == b["result"]
+    logs = [[line | {"elapsed_s": 0} for line in read_log(folder)[1:]] for folder in (one, two)]
+    assert logs[0] == logs[1] and [line["iter"] for line in logs[0]] == sorted({line["iter"] for line in logs[0]})
+
+
+@pytest.mark.parametrize("model", ["gpt", "mamba"])
+@pytest.mark.parametrize("flags", [(), ("--teacherless",), ("--reverse",), ("--only_first_hop",), ("--n_train", 0)])
+def test_resume_is_exact(model, flags, monkeypatch, tmp_path, capsys):
+    """Interrupted after step 4 by a signal, killed while it saves at step 6, and then finished."""
+    flags, whole, parts = ("--model", model, *flags, "--max_iters", 9), tmp_path / "whole", tmp_path / "parts"
     assert call(monkeypatch, train, *TINY, *flags, "--out_dir", whole) == 0
-    real, saves = train.save, []
+    real, steps = torch.nn.utils.clip_grad_norm_, []
 
-    def killed_after_second_save(ckpt, file):
-        real(ckpt, file)
-        saves.append(file)
-        if len(saves) == 2:
-            raise KeyboardInterrupt
+    def interrupted(*args):
+        steps.append(args)
+        if len(steps) == 4:
+            train.SIGNALS.append(signal.SIGTERM)
+        return real(*args)
 
-    monkeypatch.setattr(train, "save", killed_after_second_save)
-    with pytest.raises(KeyboardInterrupt):
-        call(monkeypatch, train, *TINY, *flags, "--out_dir", parts)
-    monkeypatch.setattr(train, "save", real)
-    assert read_log(parts)[-1]["iter"] == 3
-    with open(parts / "log.jsonl", "a") as f:                        # a line that the checkpoint knows nothing of, and half a one
-        f.write(json.dumps(read_log(parts)[-1] | {"iter": 6}) + '\n{"iter": 9, "exam')
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
+        patch.setattr(train, "SIGNALS", [])
+        assert call(patch, train, *TINY, *flags, "--out_dir", parts) == 143
+    assert "interrupted after step 4: python train.py --resume" in capsys.readouterr().out
+    assert torch.load(parts / "ckpt.pt", weights_only=True)["iter"] == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda old, new: (_ for _ in ()).throw(KeyboardInterrupt) if "ckpt" in new else os.rename(old, new))
+        with pytest.raises(KeyboardInterrupt):
+            call(patch, train, "--resume", "--out_dir", parts)
+    with open(parts / "log.jsonl", "a") as f:                        # lines that the checkpoint knows nothing of, and half a one
+        f.write(json.dumps(read_log(parts)[-1] | {"iter": 9}) + '\n{"iter": 12, "exam')
     assert call(monkeypatch, train, "--resume", "--out_dir", parts) == 0
-    one, two = (torch.load(folder / "ckpt.pt", weights_only=True)["model"] for folder in (whole, parts))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert [{**line, "elapsed_s": 0} for line in read_log(whole)[1:]] == [{**line, "elapsed_s": 0} for line in read_log(parts)[1:]]
+    same_run(whole, parts)
+    files = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in parts.iterdir() if path.suffix != ".tmp"}
+    capsys.readouterr()
+    assert call(monkeypatch, train, "--resume", "--out_dir", parts) == 0 and "finished at step 9" in capsys.readouterr().err
+    assert files == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
     assert call(monkeypatch, train, "--resume", "--out_dir", parts, "--lr", 0.5) == 2
+    assert call(monkeypatch, train, "--resume", "--out_dir", parts, "--max_iters", 12) == 0
+    assert [line["iter"] for line in read_log(parts)[1:]] == [0, 3, 6, 9, 12] and read_log(parts)[0]["config"]["max_iters"] == 12
+
+
+def test_resume_before_the_first_checkpoint(monkeypatch, tmp_path):
+    assert call(monkeypatch, train, *TINY, "--reverse", "--out_dir", tmp_path / "whole") == 0
+    assert call(monkeypatch, train, *TINY, "--reverse", "--out_dir", tmp_path / "parts") == 0
+    (tmp_path / "parts" / "ckpt.pt").unlink()
+    assert call(monkeypatch, train, "--resume", "--out_dir", tmp_path / "parts") == 0
+    same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_run_is_not_overwritten(monkeypatch, tmp_path, capsys):
@@ -794,8 +824,9 @@ def test_compiled_run_equals_eager(name, monkeypatch, tmp_path):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
 
 
-def test_two_processes_follow_one(tmp_path):
-    flags = *TINY, "--model", "mamba", "--batch_size", 16
+@both_models
+def test_two_processes_follow_one(name, tmp_path):
+    flags = *TINY, "--model", name, "--batch_size", 16
     assert run("train.py", *flags, "--out_dir", tmp_path / "one").returncode == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py",
                *flags, "--out_dir", tmp_path / "two"]
@@ -849,7 +880,7 @@ def test_sample_marks_where_the_answer_leaves_the_path(capsys):
     (("--model", "rnn"), "invalid choice"), (("--n_embed", 3), "unrecognized arguments"), (("--lr", "x"), "invalid float"),
     (("--d_state", 4), "--d_state is not a setting of --model gpt"), (("--model", "mamba", "--n_head", 2), "--n_head is not"),
     (("--n_embd", 30), "multiple of n_head"), (("--num_nodes", 8), "num_nodes must be at least 9"),
-    (("--deg", 0), "deg must be at least 1"), (("--batch_size", 0), "--batch_size must be positive"),
+    (("--deg", 0), "--deg must be positive"), (("--batch_size", 0), "--batch_size must be positive"),
     (("--seed", -1), "--seed must not be negative"), (("--lr", "nan"), "--lr must be positive"), (("--lr", "inf"), "--lr must be positive"),
     (("--train_file", ""), "No such file"), (("--device", "meta"), "--device meta"), (("--n_test", 10 ** 12), "only"),
     (("--only_first_hop", "--teacherless"), "--only_first_hop"), (("--only_first_hop", "--reverse"), "--only_first_hop"),
@@ -893,6 +924,159 @@ def test_bad_files_prompts_and_checkpoints(finished, monkeypatch, tmp_path, caps
         assert printed.out == "" and printed.err.count("\n") == 1 and says in printed.err, printed.err
 
 
+def start(*flags, processes=1, **options):
+    """A training run in the background, in a session of its own."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *torchrun, str(HERE / "train.py"), *map(str, flags)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, **options)
+
+
+def wait_for(condition, process):
+    for _ in range(1200):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+@pytest.mark.parametrize("number, processes", [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_signals(number, processes, tmp_path):
+    process = start(*TINY, "--max_iters", 100000, "--eval_interval", 20, "--out_dir", tmp_path / "run", processes=processes)
+    wait_for(lambda: (tmp_path / "run" / "ckpt.pt").exists(), process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number if processes == 1 else process.returncode, (out, err)
+    assert "goes on" in out.splitlines()[-1] and (processes > 1 or err == ""), (out, err)
+    done = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["iter"]
+    result = run("train.py", "--resume", "--max_iters", done + 3, "--out_dir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, tmp_path, capsys):
+    real, steps = F.cross_entropy, []
+
+    def explodes(*args, **kwargs):
+        steps.append(1)
+        return real(*args, **kwargs) * (float("nan") if len(steps) == 5 else 1)
+
+    monkeypatch.setattr(F, "cross_entropy", explodes)
+    assert call(monkeypatch, train, *TINY, "--out_dir", tmp_path) == 1
+    assert "step 5 made the loss infinite or NaN" in capsys.readouterr().err
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["iter"] == 3 and read_log(tmp_path)[-1]["iter"] == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on file sizes")
+def test_full_disk(monkeypatch, tmp_path):
+    """A file may grow to 20 KB only: the log fits, a checkpoint does not."""
+    import resource
+    assert call(monkeypatch, train, *TINY, "--max_iters", 3, "--out_dir", tmp_path) == 0
+    process = start("--resume", "--max_iters", 6, "--out_dir", tmp_path,
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)))
+    out, err = process.communicate()
+    assert process.returncode == 1 and err.count("\n") == 1 and "cannot write to" in err, err
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["iter"] == 3
+    assert call(monkeypatch, train, "--resume", "--max_iters", 6, "--out_dir", tmp_path) == 0
+    assert [line["iter"] for line in read_log(tmp_path)[1:]] == [0, 3, 6]
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PATHSTAR_EVIL"],)
+
+
+def test_a_checkpoint_runs_no_code(finished, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATHSTAR_EVIL", str(tmp_path / "evil"))
+    ckpt = torch.load(finished / "ckpt.pt", weights_only=True)
+    torch.save(ckpt | {"result": Malicious()}, tmp_path / "ckpt.pt")
+    for module, flags in ((sample, ()), (train, ("--resume",))):
+        assert call(monkeypatch, module, *flags, "--out_dir", tmp_path) == 2
+        assert "does not hold a run of train.py" in capsys.readouterr().err
+    assert not (tmp_path / "evil").exists()
+    torch.load(tmp_path / "ckpt.pt", weights_only=False)             # it would have
+    assert (tmp_path / "evil").exists()
+
+
+def is_path_star(line):
+    """The judge of the fuzzer: another way to decide what `parse_line` decides."""
+    body, path = line.split("=")
+    edges, question = body.split("/")
+    edges, (start, goal) = [tuple(map(int, edge.split(","))) for edge in edges.split("|")], map(int, question.split(","))
+    parent = {b: a for a, b in edges}
+    children = Counter(a for a, _ in edges)
+    if len(parent) < len(edges) or start in parent or max((n for a, n in children.items() if a != start), default=1) > 1:
+        return False
+    def to_start(node):
+        way = [node]
+        while way[-1] in parent and len(way) <= len(edges):
+            way.append(parent[way[-1]])
+        return way
+    ends = [to_start(b) for b in parent if b not in children]
+    if {way[-1] for way in ends} != {start} or len({len(way) for way in ends}) != 1 or sum(len(way) - 1 for way in ends) < len(edges):
+        return False
+    answer = [way[::-1] for way in ends if way[0] == goal]
+    return bool(answer) and path in ("", ",".join(map(str, answer[0]))) or bool(answer) and [int(x) for x in path.split(",")] == answer[0]
+
+
+def fuzz(n):
+    random = np.random.default_rng(0)
+    lines = [line for star in (PathStar(2, 4, 12), PathStar(3, 3, 12)) for line in data.text(star, *data.draw(star, 200, random))]
+    accepted = 0
+    for _ in range(n):
+        line = lines[random.integers(len(lines))]
+        for _ in range(random.integers(1, 4)):
+            k, j = sorted(random.integers(len(line), size=2))
+            character = "0123456789,|/= x-"[random.integers(17)]
+            line = [line[:k] + character + line[k + 1:], line[:k] + line[k + 1:], line[:k] + character + line[k:],
+                    line[:k] + line[j:j + 3] + line[k:]][random.integers(4)] or "0"
+        try:
+            right = bool(data.LINE.fullmatch(line)) and is_path_star(line)
+        except ValueError:
+            right = False
+        try:
+            data.parse_line(line)
+            accepted += 1
+            assert right, line
+        except ValueError:
+            assert not right, line
+    return accepted
+
+
+def test_fuzzed_lines():
+    assert 50 < fuzz(5000) < 2500
+
+
+def some_flags(random):
+    """Flags at random, a few of them wrong."""
+    values = {"--deg": (2, 3, 0, -1), "--path_len": (3, 5, 1), "--num_nodes": (15, 12, 4), "--n_train": (50, 0, -3), "--n_test": (10, 0),
+              "--model": ("gpt", "mamba", "rnn"), "--n_layer": (1, 0), "--n_embd": (16, 12, 15), "--n_head": (2, 4, 0), "--d_state": (2, 0),
+              "--batch_size": (4, 0), "--lr": (1e-3, 0, "nan", "x"), "--weight_decay": (0, -1), "--warmup_iters": (0, 5, -1),
+              "--eval_interval": (1, 2, 0), "--seed": (1, -1), "--dtype": ("float32", "bfloat16", "float16", "int8"),
+              "--teacherless": None, "--reverse": None, "--only_first_hop": None, "--device": ("cpu", "cuda:7"), "--frobnicate": (1,)}
+    flags = ["--max_iters", 2]
+    for name in random.permutation(list(values))[:random.integers(1, 9)]:
+        choices = values[name]
+        flags += [name] if choices is None else [name, choices[0 if random.random() < 0.7 else random.integers(len(choices))]]
+    return flags
+
+
+def try_flags(n, monkeypatch, tmp_path, capsys):
+    """Every combination of flags runs to its end, or is refused in one line with nothing written -> how many ran"""
+    random, ran = np.random.default_rng(0), 0
+    for i in range(n):
+        flags, out = some_flags(random), tmp_path / str(i)
+        sizes = [] if "--n_train" in flags else ["--n_train", 50], [] if "--n_test" in flags else ["--n_test", 10]
+        code = call(monkeypatch, train, *flags, *sizes[0], *sizes[1], "--out_dir", out)
+        printed = capsys.readouterr()
+        assert code == 0 and out.exists() or code == 2 and printed.err.count("\n") == 1 and not printed.out and not out.exists(), flags
+        ran += code == 0
+    return ran
+
+
+def test_combinations_of_flags(monkeypatch, tmp_path, capsys):
+    assert 5 < try_flags(40, monkeypatch, tmp_path, capsys) < 35
+
+
 def test_a_file_works_where_it_is_copied_to(tmp_path):
     for name in ("data.py", "model_gpt.py", "train.py", "sample.py"):
         (tmp_path / name).write_text((HERE / name).read_text())
@@ -919,3 +1103,66 @@ def test_readme_shows_what_the_logs_say():
     readme = (HERE / "README.md").read_text()
     for line in filter(None, table.stdout.splitlines()):
         assert line in readme, line
+
+
+# The long tests: pytest -m slow
+
+@pytest.mark.slow
+def test_fuzzed_lines_at_length():
+    assert fuzz(100_000) > 1000
+
+
+@pytest.mark.slow
+def test_combinations_of_flags_at_length(monkeypatch, tmp_path, capsys):
+    assert 30 < try_flags(500, monkeypatch, tmp_path, capsys) < 470
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--model", "gpt"), ("--model", "mamba", "--teacherless", "--n_train", 0)])
+def test_25_kills(flags, tmp_path):
+    """kill -9 at random moments; a checkpoint is written after every step, so many of them hit that. Always resumable."""
+    flags, whole, parts = (*TINY, *flags, "--max_iters", 600, "--eval_interval", 1), tmp_path / "whole", tmp_path / "parts"
+    assert run("train.py", *flags, "--out_dir", whole).returncode == 0
+    random, kills = np.random.default_rng(0), 0
+    while kills < 25:
+        process = start(*(("--resume", "--out_dir", parts) if (parts / "log.jsonl").exists() else (*flags, "--out_dir", parts)))
+        time.sleep(random.uniform(1, 4))
+        kills += process.poll() is None
+        process.kill()
+        out, err = process.communicate()
+        assert "Traceback" not in err, err
+        if (parts / "ckpt.pt").exists():
+            assert torch.load(parts / "ckpt.pt", weights_only=True)["iter"] < 600, "finished before it was killed 25 times"
+    assert run("train.py", "--resume", "--out_dir", parts).returncode == 0
+    same_run(whole, parts)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job(tmp_path):
+    flags = *TINY, "--max_iters", 3000, "--eval_interval", 20, "--out_dir", tmp_path / "run"
+    process = start(*flags, processes=2)
+    wait_for(lambda: (tmp_path / "run" / "ckpt.pt").exists(), process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    done = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["iter"]
+    process = start("--resume", "--max_iters", done + 10, "--out_dir", tmp_path / "run", processes=2)
+    assert process.communicate(timeout=120) and process.returncode == 0
+    assert read_log(tmp_path / "run")[-1]["iter"] == done + 10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("n_train", [200, 0])
+def test_memory_stays_flat(n_train, tmp_path):
+    """The resident memory of a tiny run, from step 4,000 to step 20,000."""
+    code = ("import train\nreport = train.report\n"
+            "def reported(line, config):\n    return 'pages ' + open('/proc/self/statm').read().split()[1]\n"
+            "train.report = reported\ntrain.SOLVED = 2\ntrain.main()")
+    flags = *TINY, "--max_iters", 20000, "--eval_interval", 2000, "--n_train", n_train, "--out_dir", tmp_path / "run"
+    result = subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=HERE, capture_output=True, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    pages = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("pages")]
+    assert len(pages) == 11, result.stderr
+    assert max(pages[2:]) < 1.02 * pages[2], pages

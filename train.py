@@ -19,20 +19,22 @@ import importlib
 import json
 import os
 import platform
+import signal
+import sys
 import time
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Flags, PathStar, datasets, draw_unseen, keys
+from data import Flags, PathStar, batch_indices, datasets, draw_unseen, keys, verdict
 
 MODELS = {"gpt": "GPT", "mamba": "Mamba"}  # name: class, in model_<name>.py, with its settings in <class>Config
 FIELDS = {"n_layer": "n_layer", "n_embd": "n_embd", "d_model": "n_embd", "n_head": "n_head", "d_state": "d_state"}
                                            # field of a model's config: the flag that sets it
 SOLVED = 0.995                             # the accuracy at which a run stops
+SIGNALS = []                               # Ctrl-C and the like, as they come in
 
 
 def make_flags():
@@ -79,8 +81,7 @@ def make_flags():
     add("eval_interval", 100, "steps between evaluations")
     add("seed", 0, "of weights and data")
     add("device", "auto", "cpu, cuda, ... (auto: cuda where there is one)")
-    add("dtype", "auto", "of the forward pass (auto: bfloat16 where a GPU has it, else float32)",
-        choices=("auto", "float32", "bfloat16", "float16"))
+    add("dtype", "auto", "of the forward pass (auto: bfloat16 on a GPU)", choices=("auto", "float32", "bfloat16", "float16"))
     add("compile", False, "compile the training step's model with torch.compile")
     add("out_dir", None, "where log.jsonl and ckpt.pt go, by default out/ and a name made of the flags", type=str)
     add("resume", False, "go on with the run in out_dir, with the flags recorded there")
@@ -108,12 +109,10 @@ def resolve(given, defaults):
         if file in given:
             config.update({number: None, "deg": None, "path_len": None, "num_nodes": None})
     config.update(given)
-    for flag in ("n_layer", "n_embd", "n_head", "d_state", "n_test", "batch_size", "max_iters", "eval_interval", "lr"):
-        if config[flag] is not None and not 0 < config[flag] < float("inf"):
-            raise ValueError(f"--{flag} must be positive, got {config[flag]}")
-    for flag in ("n_train", "weight_decay", "warmup_iters", "seed"):
-        if config[flag] is not None and not 0 <= config[flag] < float("inf"):
-            raise ValueError(f"--{flag} must not be negative, got {config[flag]}")
+    for flag, value in config.items():
+        may_be_0 = flag in ("n_train", "weight_decay", "warmup_iters", "seed")
+        if type(value) in (int, float) and not (0 < value < float("inf") or may_be_0 and value == 0):
+            raise ValueError(f"--{flag} must {'not be negative' if may_be_0 else 'be positive'}, got {value}")
     if config["only_first_hop"] and (config["teacherless"] or config["reverse"]):
         raise ValueError("--only_first_hop predicts one token, from the prefix and the start: it goes neither with "
                          "--teacherless (nothing is fed in that could be hidden) nor with --reverse (the hop comes last)")
@@ -145,7 +144,7 @@ def load_run(out_dir):
         model = build_model(ckpt["config"], star)
         model.load_state_dict(ckpt["model"])
         make_optimizer(model, ckpt["config"], torch.device("cpu")).load_state_dict(ckpt["optimizer"])
-        ckpt["scaler"], ckpt["iter"], ckpt["elapsed_s"], ckpt["result"]
+        ckpt["scaler"], ckpt["iter"], ckpt["elapsed_s"], ckpt["result"], ckpt["losses"]
     except Exception as error:
         raise ValueError(f"{file} does not hold a run of train.py: {type(error).__name__} {str(error)[:200]}") from None
     return ckpt, star, model
@@ -204,21 +203,6 @@ def summary(own, forced, targets):
     return result
 
 
-def verdict(result, config):
-    """One sentence on what an evaluation shows."""
-    accuracy, chance, forced = result["accuracy"], 1 / config["deg"], result["forced_node_accuracy"]
-    seen = f"accuracy {accuracy:.1%}, where guessing an arm gives {chance:.1%}"
-    margin = 0.02 + 4 * (chance * (1 - chance) / config["n_test"]) ** 0.5    # four standard errors of a guesser's accuracy
-    if accuracy >= 0.99:
-        return f"{seen}: solved, the model finds the {'first hop' if config['only_first_hop'] else 'path'}."
-    if config["only_first_hop"] and abs(accuracy - chance) < margin:
-        return f"{seen}: the first hop alone is not learned, the model guesses (the indecipherable token)."
-    if forced and len(forced) > 2 and not config["reverse"] and min(forced[2:]) >= 0.99 and abs(forced[1] - chance) < margin:
-        return (f"{seen}: the Clever Hans cheat. Given the true nodes before, the first hop is right {forced[1]:.1%} of the "
-                f"time, a guess, but the worst of the later nodes {min(forced[2:]):.1%}, a look-up.")
-    return f"{seen}: neither solved nor the cheat. Not trained enough, or not on enough graphs."
-
-
 def report(line, config):
     """A log line to read."""
     def percent(what, shares):
@@ -228,21 +212,6 @@ def report(line, config):
     return (f"iter {line['iter']:5}{loss} | accuracy {line['accuracy']:6.1%} (guessing: {1 / config['deg']:.0%})"
             + percent("nodes", line["node_accuracy"]) + percent("forced", line["forced_node_accuracy"])
             + f" | {left // 60}:{left % 60:02} left" * (line["iter"] > 0))
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(n, seed, epoch):
-    return torch.from_numpy(np.random.default_rng([seed, 2, epoch]).permutation(n))
-
-
-def batch_indices(n, config, it):
-    """Which of n training graphs step `it` sees: an endless row of shuffled epochs, a function of the step alone."""
-    position, left, parts = it * config["batch_size"], config["batch_size"], []
-    while left:
-        epoch, offset = divmod(position, n)
-        parts.append(epoch_order(n, config["seed"], epoch)[offset:offset + left])
-        position, left = position + len(parts[-1]), left - len(parts[-1])
-    return torch.cat(parts)
 
 
 def make_optimizer(model, config, device):
@@ -259,17 +228,23 @@ def setup(given, defaults, rank, world):
     if config["resume"]:
         if config["out_dir"] is None and config["deg"] is None:
             raise ValueError("--resume needs --out_dir where the graphs come from files")
-        ckpt, _, model = load_run(config["out_dir"] or out_dir_of(config))
-        for flag in given.keys() - {"resume", "out_dir"}:
-            if given[flag] != ckpt["config"].get(flag):
-                raise ValueError(f"--{flag} {given[flag]} contradicts the run to resume, which has {ckpt['config'].get(flag)}")
-        config = ckpt["config"] | {"out_dir": config["out_dir"] or out_dir_of(config)}
+        out_dir = config["out_dir"] or out_dir_of(config)
+        try:
+            ckpt, _, model = load_run(out_dir)
+            recorded = ckpt["config"]
+        except FileNotFoundError:          # killed before its first checkpoint
+            with open(os.path.join(out_dir, "log.jsonl")) as f:
+                recorded = json.loads(f.readline())["config"]
+        for flag in given.keys() - {"resume", "out_dir", "max_iters"}:
+            if given[flag] != recorded.get(flag):
+                raise ValueError(f"--{flag} {given[flag]} contradicts the run to resume, which has {recorded.get(flag)}")
+        config = recorded | {"out_dir": out_dir, "max_iters": given.get("max_iters", recorded["max_iters"])}
     star, train, test, warnings = datasets(**{name: config[name] for name in (
         "deg", "path_len", "num_nodes", "n_train", "n_test", "seed", "train_file", "test_file")})
     config.update(deg=star.deg, path_len=star.path_len, num_nodes=star.num_nodes, n_train=len(train[0]), n_test=len(test[0]))
     config["out_dir"] = config["out_dir"] or out_dir_of(config)
     held = any(os.path.exists(os.path.join(config["out_dir"], file)) for file in ("log.jsonl", "ckpt.pt"))
-    if held and not ckpt and not config["overwrite"] and rank == 0:
+    if held and not given.get("resume") and not config["overwrite"] and rank == 0:
         raise ValueError(f"{config['out_dir']} holds a run already: --resume goes on with it, --overwrite starts over")
     if config["batch_size"] % world:
         raise ValueError(f"--batch_size {config['batch_size']} must be a multiple of the {world} processes")
@@ -296,6 +271,7 @@ def open_log(config, ckpt, device):
     if ckpt:
         with open(file) as f:
             header, *lines = f.read().splitlines()
+        header = json.dumps(json.loads(header) | {"config": config})      # which may ask for more steps than before
         lines = [header] + [line for line in lines if line.endswith("}") and json.loads(line)["iter"] <= ckpt["iter"]]
     else:
         os.makedirs(config["out_dir"], exist_ok=True)
@@ -317,6 +293,8 @@ def main():
     try:
         given = vars(flags.parse_args())
         config, ckpt, star, train, test, warnings, model, device, dtype = setup(given, defaults, rank, world)
+        if ckpt and (ckpt["iter"] >= config["max_iters"] or ckpt["result"]["accuracy"] >= SOLVED):
+            flags.exit(0, f"finished at step {ckpt['iter']}: {verdict(ckpt['result'], config)}\n" if rank == 0 else None)
         log = open_log(config, ckpt, device) if rank == 0 else None  # the first thing that is written
     except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
         flags.error(str(error))
@@ -335,8 +313,8 @@ def main():
     def batch(it):
         """The inputs and targets (B, T) of step `it`, this process's share of them."""
         if config["n_train"]:
-            index = batch_indices(len(inputs), config, it)[rank::world].to(device)
-            return inputs[index], wanted[index]
+            index = batch_indices(len(inputs), config["batch_size"], config["seed"], it)[rank::world]
+            return (x[torch.from_numpy(index).to(device)] for x in (inputs, wanted))
         rng = np.random.default_rng([config["seed"], 2, it])
         prompts, targets = prompts_and_targets(config, *draw_unseen(star, config["batch_size"], rng, unseen, distinct=False))
         return (x[rank::world].to(device) for x in (model_input(prompts, targets, dollar), loss_targets(prompts, targets)))
@@ -346,37 +324,55 @@ def main():
     if ckpt:
         optimizer.load_state_dict(ckpt["optimizer"])
         scaler.load_state_dict(ckpt["scaler"])
-    start, elapsed = (ckpt["iter"], ckpt["elapsed_s"]) if ckpt else (0, 0.0)
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    start, elapsed, result, earlier = (
+        (ckpt["iter"], ckpt["elapsed_s"], ckpt["result"], ckpt["losses"]) if ckpt else (0, 0.0, None, torch.zeros(0)))
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     step_model = torch.compile(model) if config["compile"] else model
     if world > 1:
         step_model = DistributedDataParallel(step_model)
+        control = dist.new_group(backend="gloo")                     # to agree on stopping without waiting for a GPU
     say(f"{config['model']}, {sum(p.numel() for p in model.parameters()):,} parameters, {star}, {device}, "
         f"{dtype}".replace("torch.", ""), "->", config["out_dir"])
 
-    loss_sum, losses, began, result = torch.zeros((), device=device), 0, time.time() - elapsed, ckpt and ckpt["result"]
+    losses, began, stopped = [], time.time() - elapsed, 0
     for it in range(start, config["max_iters"] + 1):
+        evaluate = (it % config["eval_interval"] == 0 or it == config["max_iters"]) and not (ckpt and it == start)
+        stop = torch.tensor(max(SIGNALS, default=0))
+        if world > 1:
+            dist.all_reduce(stop, dist.ReduceOp.MAX, group=control)
+        stopped = stop.item()
         lr = config["lr"] * min(1.0, (it + 1) / (config["warmup_iters"] + 1))
-        if (it % config["eval_interval"] == 0 or it == config["max_iters"]) and not (ckpt and it == start):
+        if evaluate or stopped:
+            mean = torch.stack(losses) if losses else torch.zeros(0)                 # of each step since the last time
+            if world > 1 and losses:
+                dist.all_reduce(mean)
+            earlier, losses = torch.cat([earlier, mean.cpu() / world]), []
+            finite = *earlier.isfinite().tolist(), all(p.isfinite().all() for p in model.parameters())
+            if not all(finite):                                      # the first bad loss, or else the weights after step it
+                bad = min(it, it - len(earlier) + finite.index(False) + 1)
+                flags.exit(1, f"step {bad} made the loss infinite or NaN: stopped. The last good checkpoint stays in "
+                              f"{config['out_dir']}; a smaller --lr may help\n" if rank == 0 else None)
+        if evaluate:
             if rank == 0:
                 with autocast:
                     result = summary(*predict(model, test_prompts, test_targets, dollar), test_targets)
             if world > 1:
-                dist.all_reduce(loss_sum)
                 dist.broadcast_object_list(shared := [result])
                 result = shared[0]
-            elapsed = time.time() - began
-            line = {"iter": it, "examples": it * config["batch_size"], "elapsed_s": round(elapsed, 2),
-                    "train_loss": loss_sum.item() / (losses * world) if losses else None, "lr": lr, **result}
-            if rank == 0:
-                print(json.dumps(line), file=log)
-                save({"model": model.state_dict(), "config": config, "optimizer": optimizer.state_dict(),
-                      "scaler": scaler.state_dict(), "iter": it, "elapsed_s": elapsed, "result": result},
+            line = {"iter": it, "examples": it * config["batch_size"], "elapsed_s": round(time.time() - began, 2),
+                    "train_loss": earlier.mean().item() if len(earlier) else None, "lr": lr, **result}
+            earlier = torch.zeros(0)
+        if (evaluate or stopped) and rank == 0:
+            try:
+                if evaluate:
+                    print(json.dumps(line), file=log)
+                    say(report(line, config))
+                save({"model": model.state_dict(), "config": config, "optimizer": optimizer.state_dict(), "losses": earlier,
+                      "scaler": scaler.state_dict(), "iter": it, "elapsed_s": time.time() - began, "result": result},
                      os.path.join(config["out_dir"], "ckpt.pt"))
-                say(report(line, config))
-            loss_sum.zero_()
-            losses = 0
-        if it == config["max_iters"] or result["accuracy"] >= SOLVED:
+            except (OSError, RuntimeError) as error:
+                flags.exit(1, f"cannot write to {config['out_dir']}: {error}. The checkpoint before is whole: --resume\n")
+        if stopped or it == config["max_iters"] or result["accuracy"] >= SOLVED:
             break
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -388,13 +384,17 @@ def main():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
-        loss_sum += loss.detach()
-        losses += 1
-    say(verdict(result, config))
+        losses.append(loss.detach())
+    go_on = f"interrupted after step {it}: python train.py --resume --out_dir {config['out_dir']} goes on"
+    say(go_on if stopped else verdict(result, config))
     if world > 1:
         dist.barrier()                                               # rank 0 serves the others: it must not leave first
         dist.destroy_process_group()
+    if stopped:
+        sys.exit(128 + stopped)
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):                   # the first is heeded after the step, a second kills
+        signal.signal(number, lambda number, frame: (SIGNALS.append(number), signal.signal(number, signal.SIG_DFL)))
     main()

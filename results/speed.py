@@ -1,12 +1,13 @@
 """Measures this project's speed beside other projects', side by side in one run, and prints results/speed.md.
 
-    pip install transformers==5.* mambapy==1.2.0 tqdm
+    pip install transformers==5.* mambapy==1.2.0 tqdm pandas
     git clone https://github.com/karpathy/nanoGPT && git clone https://github.com/gregorbachmann/Next-Token-Failures
     python results/speed.py --nanogpt nanoGPT --authors Next-Token-Failures > results/speed.md
 
 Every number is the median of calls that take turns. --only names the tables to make.
 """
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -149,8 +150,13 @@ def steps(args):
     table(["Mamba, 3 layers, width 64, d_state 8", "ms", "examples per second", "times as long as ours"],
           *([name, t, f"{128e3 / t:.0f}", t / ms["ours"]] for name, t in ms.items()))
     size = dict(block_size=31, vocab_size=14, n_layer=6, n_head=4, n_embd=64)
+    with contextlib.redirect_stdout(None):                           # it prints its size
+        theirs, same_gelu = (nanogpt.GPT(nanogpt.GPTConfig(**size, dropout=0.0)) for _ in range(2))
+    for block in same_gelu.transformer.h:
+        block.mlp.gelu = torch.nn.GELU(approximate="tanh")
     ms = take_turns({"ours": step(GPT(GPTConfig(**size)), first),
-                     "nanoGPT": step(nanogpt.GPT(nanogpt.GPTConfig(**size, dropout=0.0)), first)}, seconds=20)
+                     "ours, attention written out": step(GPT(GPTConfig(**size, fused=False)), first),
+                     "nanoGPT": step(theirs, first), "nanoGPT with GPT-2's GELU": step(same_gelu, first)}, seconds=20)
     table(["Transformer, 6 layers, width 64, 4 heads", "ms", "examples per second", "times as long as ours"],
           *([name, t, f"{128e3 / t:.0f}", t / ms["ours"]] for name, t in ms.items()))
 
@@ -260,16 +266,78 @@ def generation():
     table(*rows)
 
 
+def gpu():
+    """On a machine with a GPU: python results/speed.py --only gpu"""
+    import scan_kernel
+    print(f"## The scan on {torch.cuda.get_device_name()}\n\n```", flush=True)
+    rivals = {"loop": selective_scan_ref, "doubling": lambda *x, delta_softplus: doubling(*x)}
+    if importlib.util.find_spec("mamba_ssm"):
+        rivals["mamba_ssm"] = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    for shape in ((256, 31, 1568, 16), (8, 2048, 1536, 16), (8, 2048, 3072, 16)):
+        for name, rival in rivals.items():                           # apart, as some may not fit into memory
+            try:
+                scan_kernel.benchmark("cuda", [shape], [torch.float32, torch.bfloat16], {name: rival})
+            except torch.OutOfMemoryError:
+                print(shape, name, "out of memory", flush=True)
+    print("```\n")
+
+
+def compiled():
+    """Triton's kernels, compiled here for chips that are not: what the machine code of a time step holds."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    import scan_kernel
+    print(f"## The Triton kernels as compiled ahead of time, triton {triton.__version__}, d_state 16\n")
+    print("Registers and stack (spills) of a thread, and instructions that a warp issues for one time step of its 32 channels: in "
+          "all, exponentials and the like (MUFU), shuffles (SHFL), loads and stores. The last column is what the instructions allow "
+          "at best on an H200 (132 multiprocessors, four instructions a clock, 1.98 GHz): picoseconds per channel and step.\n")
+    rows = [["kernel", "dtype", "chip", "registers", "stack, bytes", "instructions", "MUFU", "SHFL", "loads, stores", "issue limit, ps"]]
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    aligned, ints = [["tt.divisibility", 16]], ("batch", "dim", "seqlen", "dstate")
+    constants = dict(SAVE=False, SOFTPLUS=True, CHUNK=scan_kernel.CHUNK, BLOCK_N=16, BLOCK_D=scan_kernel.BLOCK_D)
+    for kernel, dtype, chip in [(k, d, c) for k in (scan_kernel.forward_kernel, scan_kernel.backward_kernel)
+                                for d in ("bf16", "fp32") for c in (80, 90)]:
+        signature, constexprs, attributes = {}, {}, {}
+        for i, name in enumerate(kernel.arg_names):
+            if name in constants:
+                signature[name], constexprs[i,] = "constexpr", constants[name]
+            elif name in ints:
+                signature[name], attributes[i,] = "i32", aligned if name == "dstate" else []
+            elif name in ("dout", "u", "delta", "z", "out", "du", "ddelta", "dz"):  # contiguous (batch, dim, seqlen)
+                signature[name], constexprs[i, 3] = (f"*{dtype}", "i32", "i32", "constexpr"), 1
+                attributes[i, 0] = attributes[i, 1] = attributes[i, 2] = aligned
+            else:
+                signature[name], attributes[i,] = "*fp32", aligned
+        binary = triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=GPUTarget("cuda", chip, 32),
+                                options={"num_warps": scan_kernel.BLOCK_D // 32}).asm["cubin"]
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary)
+            file.flush()
+            usage, sass = (subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True).stdout
+                           for flag in ("--dump-resource-usage", "-sass"))
+        code = [(int(at, 16), text.strip()) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+        loops = [[text for at, text in code if int(target[1], 16) <= at <= end] for end, branch in code
+                 if (target := re.search(r"BRA\S* .*?(0x[0-9a-f]+)", branch)) and int(target[1], 16) < end]
+        loop = max(loops, key=len)
+        steps = scan_kernel.CHUNK if kernel is scan_kernel.backward_kernel else 1
+        count = lambda *names: sum(any(re.search(rf"\b{name}\b", text) for name in names) for text in loop) / steps
+        registers, stack = (re.search(rf"{what}:(\d+)", usage)[1] for what in ("REG", "STACK"))
+        rows.append([kernel.__name__, dtype, f"sm_{chip}", registers, stack, f"{len(loop) / steps:.0f}", f"{count('MUFU'):.0f}",
+                     f"{count('SHFL'):.0f}", f"{count('LDG', 'STG'):.0f}", len(loop) / steps / 32 / 4 / 132 / 1.98e9 * 1e12])
+    table(*rows)
+
+
 if __name__ == "__main__":
     flags = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flags.add_argument("--nanogpt")
     flags.add_argument("--authors")
-    flags.add_argument("--only", nargs="*", default=["scans", "steps", "authors", "loop", "generation"])
+    flags.add_argument("--only", nargs="*", default=["scans", "steps", "authors", "loop", "generation", "compiled"])
     args = flags.parse_args()
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
     print(f"# Speed\n\nMade by `python results/speed.py` on {datetime.date.today()}: {cpu}, {os.cpu_count()} cores, Python "
           f"{platform.python_version()}, torch {torch.__version__}. Ratios count; milliseconds depend on the machine and the day.\n")
     for name, make in (("scans", scans), ("steps", lambda: steps(args)), ("authors", lambda: authors_loop(args)),
-                       ("loop", loop_overhead), ("generation", generation)):
+                       ("loop", loop_overhead), ("generation", generation), ("compiled", compiled), ("gpu", gpu)):
         if name in args.only:
             make()
