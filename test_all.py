@@ -824,16 +824,42 @@ def test_compiled_run_equals_eager(name, monkeypatch, tmp_path):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
 
 
+RECORDER = """
+import json, os, sys
+sys.path.insert(0, HERE)
+import train
+build_model = train.build_model
+
+def recorded(*args):
+    model = build_model(*args)
+    forward = model.forward
+
+    def seen(idx, targets=None, **options):
+        if targets is not None:
+            print(json.dumps(idx.tolist()), file=open(FOLDER + "/rank" + os.environ.get("RANK", ""), "a"))
+        return forward(idx, targets, **options)
+    model.forward = seen
+    return model
+
+train.build_model = recorded
+train.main()
+"""
+
+
 @both_models
 def test_two_processes_follow_one(name, tmp_path):
-    flags = *TINY, "--model", name, "--batch_size", 16
-    assert run("train.py", *flags, "--out_dir", tmp_path / "one").returncode == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py",
-               *flags, "--out_dir", tmp_path / "two"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
+    """The same loss, from disjoint halves of the same batches."""
+    script, torchrun = tmp_path / "recorder.py", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    script.write_text(f"HERE, FOLDER = {str(HERE)!r}, {str(tmp_path)!r}\n{RECORDER}")
+    for folder, options in (("one", ()), ("two", torchrun)):
+        command = (sys.executable, *options, script, *TINY, "--model", name, "--n_train", 200 if name == "gpt" else 0,
+                   "--batch_size", 16, "--out_dir", tmp_path / folder)
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
     for a, b in zip(read_log(tmp_path / "one")[2:], read_log(tmp_path / "two")[2:], strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+    whole, *parts = ([json.loads(line) for line in (tmp_path / f"rank{rank}").read_text().splitlines()] for rank in ("", 0, 1))
+    assert len(whole) == 6 and all(sorted(a) == sorted(b + c) for a, b, c in zip(whole, *parts, strict=True))
 
 
 @pytest.fixture(scope="module")
