@@ -1184,6 +1184,21 @@ def test_a_killed_process_ends_the_job(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_resume_exactly(tmp_path):
+    flags, whole, parts = (*TINY, "--max_iters", 300, "--eval_interval", 100), tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        process = start(*flags, "--out_dir", folder, processes=2)
+        if folder is parts:
+            wait_for(lambda: (parts / "ckpt.pt").exists(), process)
+            process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+    assert 0 < torch.load(parts / "ckpt.pt", weights_only=True)["iter"] < 300
+    process = start("--resume", "--out_dir", parts, processes=2)
+    assert process.communicate(timeout=120) and process.returncode == 0
+    same_run(whole, parts)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("n_train", [200, 0])
 def test_memory_stays_flat(n_train, tmp_path):
