@@ -1131,6 +1131,21 @@ def test_readme_shows_what_the_logs_say():
         assert line in readme, line
 
 
+def test_the_experiments_are_what_was_recorded():
+    """`results/reproduce.py` would run, under the name of each record that it knows, the command that made it."""
+    listed = subprocess.run([sys.executable, HERE / "results" / "reproduce.py", "--list"], capture_output=True, text=True).stdout
+    flags, defaults = train.make_flags()
+    known = 0
+    for line in listed.splitlines():
+        name, command = line.split(" ", 1)
+        if (log := HERE / "results" / f"{name}.jsonl").exists():
+            given = vars(flags.parse_args(command.split("train.py")[1].split("   ")[0].split()))
+            recorded = json.loads(log.read_text().splitlines()[0])["config"]
+            assert train.resolve(given, defaults) | {"out_dir": None} == recorded | {"out_dir": None}, name
+            known += 1
+    assert known >= 7
+
+
 # The long tests: pytest -m slow
 
 @pytest.mark.slow
