@@ -353,11 +353,12 @@ selective_scan_triton = make_scan("scan_triton", triton_forward, triton_backward
 
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
     """A drop-in for `selective_scan_fn` of the mamba_ssm package: real A, B and C that vary with time, shapes as on top.
+
     Any strides. D, z, delta_bias may be None. dt is delta + delta_bias, or the softplus of that. Returns out (batch, dim,
     seqlen) in u's dtype; with return_last_state also h after the last step (batch, dim, dstate), through which no gradient
     flows. States are float32, for float64 u float64. Raises ValueError for arguments of another form.
     """
-    small = u.dim() == 3 and (u.size(2) == 1 or u.numel() * A.size(-1) < 1000)  # the fast paths cost more than they save
+    small = u.size(-1) == 1 or u.size(0) * u.size(-1) * A.numel() < 1000        # the fast paths cost more than they save
     scan = selective_scan_triton if u.is_cuda and triton is not None else selective_scan_ref if small else selective_scan_cpu
     return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 

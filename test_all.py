@@ -399,6 +399,8 @@ def test_scan_arguments():
                         ([u, delta[:, :, 1:], A, B, C], "delta must be"), ([u, delta, A, B, C, D[1:]], "D must be")):
         with pytest.raises(ValueError, match=says):
             selective_scan(*wrong)
+    with pytest.raises(ValueError, match="u must be"):
+        selective_scan(u, delta, torch.tensor(-1.0), B, C)
     torch.testing.assert_close(selective_scan(*inputs), selective_scan_cpu(*inputs))
 
 
@@ -624,11 +626,10 @@ class Cheat:
         self.star = star
 
     def new_cache(self):
-        return []
+        return [{}]
 
     def __call__(self, idx, cache, all_logits=False):
-        cache.append(idx)
-        seen = torch.cat(cache, dim=1)
+        seen = cache[0]["seen"] = torch.cat([cache[0]["seen"], idx], dim=1) if cache[0] else idx
         best = torch.zeros_like(seen)
         P = self.star.prefix_len
         for row, out in zip(seen.tolist(), best):
@@ -643,6 +644,15 @@ class Cheat:
         for _ in range(n):
             tokens.append(self(tokens[-1], cache)[0].argmax(dim=2))
         return torch.cat(tokens, dim=1)
+
+
+@both_models
+def test_predict_is_the_plain_passes(name):
+    model, (_, _, prompts, targets, _, _) = small(name), objective(PathStar(2, 3, 10), 30)
+    own, forced = train.predict(model, prompts, targets, None, at_once=20)
+    assert torch.equal(own, model.generate(prompts, 3)[:, prompts.size(1):])
+    logits = model(train.model_input(prompts, targets), all_logits=True)[0]
+    assert torch.equal(forced, logits[:, prompts.size(1) - 1:].argmax(dim=2)) and not torch.equal(own, forced)
 
 
 def test_phases_are_told_apart():

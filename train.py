@@ -12,7 +12,6 @@ tokens, and the *forced* pass (`forced_accuracy`, `forced_node_accuracy`), where
     python train.py --model mamba --teacherless
 """
 import argparse
-import copy
 import dataclasses
 import functools
 import importlib
@@ -185,11 +184,11 @@ def predict(model, prompts, targets, dollar, at_once=1000):
         if dollar is not None:
             own.append(model(model_input(prompt, target, dollar), all_logits=True)[0][:, prompt.size(1) - 1:].argmax(dim=2))
             continue
-        cache = model.new_cache()                                    # both phases continue from the prompt
+        cache = model.new_cache()                                    # both phases continue from the prompt, each from a copy
         first, fed = model(prompt, cache=cache)[0].argmax(dim=2), target[:, :-1]
-        logits = [model(fed, cache=copy.deepcopy(cache), all_logits=True)[0].argmax(dim=2)] if fed.size(1) else []
-        forced.append(torch.cat([first, *logits], dim=1))
-        own.append(model.generate(first, fed.size(1), cache))
+        own.append(model.generate(first, fed.size(1), [dict(layer) for layer in cache]))
+        later = [model(fed, cache=cache, all_logits=True)[0].argmax(dim=2)] if fed.size(1) else []
+        forced.append(torch.cat([first, *later], dim=1))
     return torch.cat(own), torch.cat(forced) if forced else None
 
 
