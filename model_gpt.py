@@ -3,10 +3,11 @@
 B  batch        T  tokens       C  n_embd, the width        vocab_size  tokens there are
 
 Parameters are named and shaped as in nanoGPT, so GPT-2's weights load with `strict=True` once its Conv1D matrices are
-transposed. There is no dropout, and two things differ from GPT-2 at the start of training only. The table of positions
-begins as sinusoids (Vaswani et al. 2017, section 3.5) rather than as noise, because attention to "the token one to the
-left" is then easy to express; every step of following a path is such a look. And the matrices of a model narrower than
-GPT-2 begin larger.
+transposed. There is no dropout, and three things differ from GPT-2 at the start of training only. The table of positions
+begins as sinusoids rather than as noise, because attention to "the token one to the left" is then easy to express; every
+step of following a path is such a look. The matrices of a model narrower than GPT-2 begin larger. And what block i adds to
+the residual stream is scaled by 1 / i (GPT-2: by 1 / sqrt(2 n_layer), all alike), which also bounds its variance, but has
+the lower blocks learn first: a circuit that forms high in the stack leaves no blocks for the steps that are to follow it.
 """
 import math
 from dataclasses import dataclass
@@ -103,16 +104,17 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd)))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight                           # tied
+        std = 0.02 * math.sqrt(768 / config.n_embd)    # GPT-2's 0.02; narrower needs larger numbers to pass on as much
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # 0.02 at GPT-2's width; a narrower matrix needs larger numbers to pass on as much of its input
-                std = 0.02 * math.sqrt(768 / config.n_embd) if "transformer.h" in name else 0.02
-                # each block adds twice to the residual stream; the scale keeps its variance from growing with depth
-                nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std)
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         with torch.no_grad():
-            self.transformer.wpe.weight.copy_(sinusoids(config.block_size, config.n_embd))
+            self.transformer.wpe.weight.copy_(2 * std * sinusoids(config.block_size, config.n_embd))
+            for i, block in enumerate(self.transformer.h):      # what each block adds to the residual stream, less and less
+                block.attn.c_proj.weight.div_(i + 1)
+                block.mlp.c_proj.weight.div_(i + 1)
 
     def new_cache(self):
         """An empty cache: what `forward` will keep of the tokens it has seen (keys and values), one dict a layer."""
@@ -153,9 +155,9 @@ class GPT(nn.Module):
 
 
 def sinusoids(length, width):
-    """(length, width): sines and cosines of the position at wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al. 2017).
+    """(length, width): sines and cosines of the position (Vaswani et al. 2017, section 3.5).
 
-    Scaled to a standard deviation near 0.04, comparable to the token embeddings (0.02) that they are added to.
+    At wavelengths from 4 tokens to 4 times the length, the distances that matter in a table of this length.
     """
-    angle = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, width, 2) / width)
-    return 0.05 * torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, :width]
+    angle = torch.arange(length)[:, None] * math.pi / 2 * length ** (-torch.arange(0, width, 2) / width)
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, :width]

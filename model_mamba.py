@@ -133,7 +133,8 @@ class Mamba(nn.Module):
             norm_f=RMSNorm(config.d_model)))
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.lm_head.weight = self.backbone.embedding.weight                        # tied
-        nn.init.normal_(self.lm_head.weight, std=0.02)
+        # logits begin near 1. The package's 0.02 is for large widths: in a narrow model what the first layer adds drowns it
+        nn.init.normal_(self.lm_head.weight, std=config.d_model ** -0.5)
 
     def new_cache(self):
         """An empty cache: what `forward` will keep of the tokens it has seen (two states), one dict a layer."""

@@ -76,9 +76,8 @@ def main():
     print("node accuracy    ", *(f"{share:7.1%}" for share in result["node_accuracy"]), "  from its own tokens")
     if forced is not None:
         print("                 ", *(f"{share:7.1%}" for share in result["forced_node_accuracy"]), "  from the true tokens")
-    if forced is not None and targets.size(1) > 2:
-        cheat = (forced == targets)[:, 2:].all(dim=1).double().mean().item()
-        print(f"cheat accuracy    {cheat:7.1%}   all later nodes right, given the true ones before")
+    if result["cheat_accuracy"] is not None:
+        print(f"cheat accuracy    {result['cheat_accuracy']:7.1%}   all later nodes right, given the true ones before")
     print(f"a real arm        {real:7.1%}   of the answers, the wrong arm included")
     if len(paths) >= 100:                                            # fewer tell nothing
         print(verdict(result, config | {"n_test": len(paths)}))

@@ -37,10 +37,7 @@ SIGNALS = []                               # Ctrl-C and the like, as they come i
 
 
 def make_flags():
-    """-> the parser, which returns the flags that were given and no others; and every flag's default.
-
-    A default that is a dict holds one for each model.
-    """
+    """-> the parser, which returns only the flags that were given; and all defaults, a dict where they depend on the model."""
     flags, defaults = Flags(__doc__), {}
 
     def add(name, default, text, **options):
@@ -69,11 +66,12 @@ def make_flags():
     add("n_layer", {"gpt": 6, "mamba": 3}, "layers")
     add("n_embd", {"gpt": 64, "mamba": 64}, "width")
     add("n_head", {"gpt": 4}, "attention heads")
-    add("d_state", {"mamba": 8}, "numbers of state per channel")
+    add("d_state", {"mamba": 16}, "numbers of state per channel")
     group = flags.add_argument_group("optimization")
     add("batch_size", 128, "examples a step, over all processes")
-    add("max_iters", {"gpt": 3000, "mamba": 2200}, f"steps at most; a run stops when accuracy reaches {SOLVED}")
-    add("lr", {"gpt": 1e-3, "mamba": 4e-3}, "learning rate after the warm-up")
+    add("max_iters", {"gpt": 2000, "gpt --teacherless": 6000, "mamba": 2000, "mamba --teacherless": 3000},
+        f"steps at most; a run stops when accuracy reaches {SOLVED}")
+    add("lr", {"gpt": 1e-3, "mamba": 4e-3}, "learning rate after the warm-up; over the last third of max_iters it falls to 0")
     add("weight_decay", 0.01, "AdamW's, on matrices")
     add("warmup_iters", 100, "steps over which the learning rate rises from 0")
     group = flags.add_argument_group("run")
@@ -98,7 +96,8 @@ def model_class(name):
 def resolve(given, defaults):
     """The flags that were given, and defaults for the rest. Raises ValueError for a combination that makes no sense."""
     name = given.get("model", defaults["model"])
-    config = {flag: d.get(name, next(iter(d.values()))) if isinstance(d, dict) else d for flag, d in defaults.items()}
+    which = f"{name} --teacherless" if given.get("teacherless") else name
+    config = {flag: d.get(which, d.get(name, [*d.values()][0])) if isinstance(d, dict) else d for flag, d in defaults.items()}
     settings = [FIELDS[field] for field in FIELDS if field in model_class(name)[2]]
     for flag in set(FIELDS.values()) - set(settings):
         if flag in given:
@@ -193,12 +192,14 @@ def predict(model, prompts, targets, dollar, at_once=1000):
 
 
 def summary(own, forced, targets):
-    """The shares of right answers (whole, and token by token) among what `predict` returned."""
-    result = {}
+    """The shares of right answers in what `predict` returned: whole, by token, and the cheat (after the first hop, forced)."""
+    result = {"cheat_accuracy": None}
     for phase, tokens in (("", own), ("forced_", forced)):
         right = None if tokens is None else (tokens == targets).double()
         result[phase + "accuracy"] = None if right is None else right.prod(dim=1).mean().item()
         result[phase + "node_accuracy"] = None if right is None else right.mean(dim=0).tolist()
+        if phase and targets.size(1) > 2 and right is not None:
+            result["cheat_accuracy"] = right[:, 2:].prod(dim=1).mean().item()
     return result
 
 
@@ -340,7 +341,7 @@ def main():
         if world > 1:
             dist.all_reduce(stop, dist.ReduceOp.MAX, group=control)
         stopped = stop.item()
-        lr = config["lr"] * min(1.0, (it + 1) / (config["warmup_iters"] + 1))
+        lr = config["lr"] * min(1.0, (it + 1) / (config["warmup_iters"] + 1), 3 * (1 - it / config["max_iters"]))
         if evaluate or stopped:
             mean = torch.stack(losses) if losses else torch.zeros(0)                 # of each step since the last time
             if world > 1 and losses:

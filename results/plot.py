@@ -52,7 +52,10 @@ def accuracy():
                                            ("reversed", GREEN, "--", (False, True))):
             for i, (_, log) in enumerate(records(model=model, deg=2, path_len=5, only_first_hop=False,
                                                  teacherless=flags[0], reverse=flags[1])):
-                ax.plot(log["examples"], log["accuracy"], style, color=color, alpha=0.8, label=label if model == "gpt" and i == 0 else None)
+                ax.plot(log["examples"], log["accuracy"], style, color=color, alpha=0.8,
+                        label=label if model == "gpt" and i == 0 else None)
+        longest = max(log["examples"][-1] for _, log in records(model=model, deg=2, path_len=5, teacherless=True))
+        ax.set_xlim(-0.02 * longest, 1.05 * longest)                 # the longest teacher-forced runs go on far beyond
         ax.axhline(0.5, color=GREY, lw=0.8, ls=":")
         ax.annotate("guessing an arm", (1, 0.5), (-2, -10), xycoords=("axes fraction", "data"), textcoords="offset points",
                     ha="right", color=GREY, fontsize=8)
@@ -76,6 +79,31 @@ def nodes(name, key, flags, title, ylabel):
     axes[0][0].set_ylabel(ylabel)
     axes[1][0].legend(loc="lower right", fontsize=8, labelspacing=0.3)
     save(figure, name)
+
+
+def grid():
+    """Final path accuracy of all recorded runs over the length and over the number of the paths, beside guessing."""
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), sharey=True, layout="constrained")
+    for ax, vary, fixed, title in ((axes[0], "path_len", {"deg": 2}, "two arms"), (axes[1], "deg", {"path_len": 5}, "paths of five nodes")):
+        for model, dodge, marker in (("gpt", -0.06, "o"), ("mamba", 0.06, "^")):
+            for teacherless, color, style in ((False, RED, "-"), (True, BLUE, "--")):
+                ends = {}
+                for config, log in records(model=model, teacherless=teacherless, reverse=False, only_first_hop=False, **fixed):
+                    ends.setdefault(config[vary], []).append(log["accuracy"][-1])
+                sizes = sorted(ends)
+                label = f"{NAMES[model]}, {'teacherless' if teacherless else 'teacher-forced'}"
+                ax.plot([size + dodge for size in sizes], [np.mean(ends[size]) for size in sizes], style, color=color, lw=1.2)
+                ax.plot([size + dodge for size in sizes for _ in ends[size]], [end for size in sizes for end in ends[size]], marker,
+                        color=color, markersize=5, mfc=color if model == "gpt" else "white", label=label)
+        sizes = [2.6, 6.4] if vary == "path_len" else np.linspace(1.7, 5.3, 50)
+        ax.plot(sizes, [1 / fixed.get("deg", size) for size in sizes], ":", color=GREY, lw=1)
+        ax.set(title=title, xlabel="nodes on a path" if vary == "path_len" else "arms", ylim=(-0.03, 1.03),
+               xticks=(3, 4, 5, 6) if vary == "path_len" else (2, 3, 5))
+        ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, 0))
+    axes[0].annotate("guessing an arm", (6.4, 0.5), (0, -10), textcoords="offset points", ha="right", color=GREY, fontsize=8)
+    axes[0].set_ylabel("paths right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=4, fontsize=8, columnspacing=1)
+    save(figure, "grid")
 
 
 def task():
@@ -125,4 +153,5 @@ if __name__ == "__main__":
     nodes("clever_hans", "forced_node_accuracy", dict(teacherless=False, reverse=False), "teacher-forced",
           "right, given the true\nnodes before")
     nodes("cascade", "node_accuracy", dict(teacherless=True, reverse=False), "teacherless", "right, from the prefix alone")
+    grid()
     task()

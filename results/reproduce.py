@@ -26,6 +26,8 @@ def experiments():
     """-> {name: flags of train.py}"""
     runs = {f"{model}-{objective}-seed{seed}": ("--model", model, *flags, "--seed", str(seed))
             for model in ("gpt", "mamba") for objective, flags in OBJECTIVES.items() for seed in range(3)}
+    for model, seed, steps in (("gpt", 0, 15000), ("mamba", 1, 6000)):   # five times what the teacherless run of that seed needs
+        runs[f"{model}-teacher_forced-long-seed{seed}"] = ("--model", model, "--seed", str(seed), "--max_iters", str(steps))
     for model in ("gpt", "mamba"):
         for deg, path_len in ((2, 3), (2, 4), (2, 6), (3, 5), (5, 5)):
             size = ("--deg", str(deg), "--path_len", str(path_len), "--num_nodes", str(deg * (path_len - 1) + 2))
@@ -67,8 +69,8 @@ def main():
         if read(folder / "log.jsonl") is None:
             left = sum(time for time in known if time)
             print(f"{name}, {number + 1} of {len(todo)}; {left:.0f} minutes left for those that are recorded", flush=True)
-            command = [sys.executable, HERE.parent / "train.py", "--out_dir", folder]
-            subprocess.run(command + (["--resume"] if (folder / "log.jsonl").exists() else list(options)), check=True)
+            command = [sys.executable, "train.py", "--out_dir", folder.relative_to(HERE.parent)]
+            subprocess.run(command + (["--resume"] if (folder / "log.jsonl").exists() else list(options)), check=True, cwd=HERE.parent)
         new, old = read(folder / "log.jsonl"), read(record)
         if args.record:
             shutil.copy(folder / "log.jsonl", record)
