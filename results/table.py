@@ -12,9 +12,19 @@ _, defaults = make_flags()
 
 def command(config):
     """The flags that are not at their defaults, but for the seed."""
-    default = resolve({flag: config[flag] for flag in ("model", "teacherless")}, defaults) | {"model": "gpt", "teacherless": False}
-    changed = {flag: value for flag, value in config.items() if value != default[flag] and flag not in ("out_dir", "overwrite", "seed")}
-    return " ".join(["python train.py", *(f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in changed.items())])
+    default = resolve({flag: config[flag] for flag in ("model", "teacherless")}, defaults)
+    default.update(model="gpt", teacherless=False, out_dir=config["out_dir"], overwrite=config["overwrite"], seed=config["seed"])
+    words = ["python train.py"]
+    for flag, value in config.items():
+        if value != default[flag]:
+            words.append(f"--{flag}" if value is True else f"--{flag} {value}")
+    return " ".join(words)
+
+
+def learned(lines, hop):
+    """The step from which a hop is right in 95 % of the graphs, to the end of the run; None if it is not."""
+    wrong = [i for i, line in enumerate(lines) if line["node_accuracy"][hop] < 0.95]
+    return lines[max(wrong, default=-1) + 1]["iter"] if max(wrong, default=-1) + 1 < len(lines) else None
 
 
 def spread(values, form):
@@ -47,18 +57,18 @@ for words in order:
     plain = not config["reverse"] and not config["only_first_hop"]
     hops = "-"
     if config["teacherless"] and plain:
-        learned = [[next((line["iter"] for line in lines if all(l["node_accuracy"][hop] >= 0.95 for l in lines if l["iter"] >= line["iter"])),
-                         None) for _, lines, _ in runs[words]] for hop in range(1, config["path_len"] - 1)]
-        hops = "; ".join(spread(steps, "{:,.0f}") + f", {steps.count(None)} never" * (None in steps) for steps in learned)
+        steps = [[learned(lines, hop) for _, lines, _ in runs[words]] for hop in range(1, config["path_len"] - 1)]
+        hops = "; ".join(spread(each, "{:,.0f}") + f", {each.count(None)} never" * (None in each) for each in steps)
     forced = [end["forced_node_accuracy"][1] for end in ends] if plain and not config["teacherless"] else []
     print(f"| `{words}` | {len(ends)} | {sum(end['accuracy'] >= 0.99 for end in ends)} "
           f"| {spread([end['accuracy'] for end in ends], '{:.1%}')} | {spread(forced, '{:.1%}')} "
           f"| {spread([end['cheat_accuracy'] for end in ends] if plain else [], '{:.1%}')} | {hops} "
-          f"| {spread([end['iter'] for end in ends], '{:,.0f}')} | {spread([end['elapsed_s'] / 60 for end in ends], '{:.1f}')} |")
+          f"| {spread([end['iter'] for end in ends], '{:,.0f}')} "
+          f"| {spread([end['elapsed_s'] / 60 for end in ends], '{:.1f}')} |")
 
 print("\n| log | seed | paths right | at step | minutes | on |\n|---|---|---|---|---|---|")
 for words in order:
     for header, lines, name in sorted(runs[words], key=lambda run: run[0]["config"]["seed"]):
         end, versions = lines[-1], header["versions"]
-        print(f"| [{name}]({name}) | {header['config']['seed']} | {end['accuracy']:.1%} | {end['iter']:,} | {end['elapsed_s'] / 60:.1f} "
-              f"| {header['machine']}, Python {versions['python']}, torch {versions['torch']} |")
+        print(f"| [{name}]({name}) | {header['config']['seed']} | {end['accuracy']:.1%} | {end['iter']:,} "
+              f"| {end['elapsed_s'] / 60:.1f} | {header['machine']}, Python {versions['python']}, torch {versions['torch']} |")
