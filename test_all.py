@@ -407,21 +407,21 @@ def test_scan_arguments():
 
 # model_gpt.py, model_mamba.py
 
-def small(name, seed=0, **settings):
-    torch.manual_seed(seed)
-    if name == "gpt":
-        return GPT(GPTConfig(**dict(block_size=40, vocab_size=14, n_layer=2, n_head=2, n_embd=16) | settings))
-    return Mamba(MambaConfig(**dict(vocab_size=14, n_layer=2, d_model=16, d_state=4) | settings))
+def small(name, **settings):
+    torch.manual_seed(0)
+    model, Config, fields = train.model_class(name)
+    sizes = dict(vocab_size=14, block_size=40, n_layer=2, n_head=2, n_embd=16, d_model=16, d_state=4) | settings
+    return model(Config(**{field: size for field, size in sizes.items() if field in fields}))
 
 
 def tokens(*shape, seed=0):
     return torch.randint(0, 14, shape, generator=torch.Generator().manual_seed(seed))
 
 
-both_models = pytest.mark.parametrize("name", ["gpt", "mamba"])
+every_model = pytest.mark.parametrize("name", train.MODELS)           # a third architecture is held to the same
 
 
-@both_models
+@every_model
 def test_face(name):
     """Logits everywhere when there are targets or they are asked for, else the last; a target of -1 does not count."""
     model, idx = small(name), tokens(3, 11)
@@ -438,7 +438,7 @@ def test_face(name):
     torch.testing.assert_close(last, logits[:, -1:])
 
 
-@both_models
+@every_model
 def test_causal(name):
     model, idx = small(name), tokens(2, 12)
     changed = idx.clone()
@@ -448,7 +448,7 @@ def test_causal(name):
     assert (before[:, 8:] != after[:, 8:]).any(dim=2).all()
 
 
-@both_models
+@every_model
 @torch.no_grad()
 def test_cache_equals_full_pass(name):
     model, idx = small(name).double(), tokens(3, 20)
@@ -611,10 +611,10 @@ def test_what_is_fed_in_and_what_is_asked_for(flags):
     assert asked.shape[1] == length and (inputs[:, :prompts.shape[1]] == prompts).all()
 
 
-@both_models
+@every_model
 def test_teacherless_leaks_no_target(name):
     """Change any target token: what the model reads, and so its logits, must not move. Teacher forced, they do."""
-    model, star = small(name, block_size=40) if name == "gpt" else small(name), PathStar(2, 5, 10)
+    model, star = small(name), PathStar(2, 5, 10)
     _, _, prompts, targets, _, _ = objective(star, 4)
     for dollar in (star.dollar, None):
         before, _ = model(train.model_input(prompts, targets, dollar), all_logits=True)
@@ -652,7 +652,7 @@ class Cheat:
         return torch.cat(tokens, dim=1)
 
 
-@both_models
+@every_model
 def test_predict_is_the_plain_passes(name):
     model, (_, _, prompts, targets, _, _) = small(name), objective(PathStar(2, 3, 10), 30)
     own, forced = train.predict(model, prompts, targets, None, at_once=20)
@@ -736,7 +736,7 @@ def test_tiny_runs(flags, monkeypatch, tmp_path, capsys):
 
     assert call(monkeypatch, sample, "--out_dir", out, "--num_graphs", 30) == 0
     printed = capsys.readouterr().out
-    assert printed.count("  model:") == 3 and "a real arm" in printed and "path accuracy" in printed
+    assert printed.count("  answer") == 3 and "a real arm" in printed and "path accuracy" in printed
 
 
 def test_flags_of_the_loop_do_what_they_say(monkeypatch, tmp_path):
@@ -837,7 +837,7 @@ def test_a_run_is_not_overwritten(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not any(os.access(Path(p) / "g++", os.X_OK) for p in os.environ["PATH"].split(":")), reason="needs a C++ compiler")
-@both_models
+@every_model
 def test_compiled_run_equals_eager(name, monkeypatch, tmp_path):
     for flag in ((), ("--compile",)):
         assert call(monkeypatch, train, *TINY, "--model", name, "--out_dir", tmp_path / str(len(flag)), *flag) == 0
@@ -867,7 +867,7 @@ train.main()
 """
 
 
-@both_models
+@every_model
 def test_two_processes_follow_one(name, tmp_path):
     """The same loss, from disjoint halves of the same batches."""
     script, torchrun = tmp_path / "recorder.py", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -899,7 +899,7 @@ def test_sample_on_files_and_prompts(finished, monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "on 4 graphs" in printed
     for line in lines[:3]:
-        assert "  " + " -> ".join(line.split("=")[1].split(",")) + "   the path" in printed
+        assert "%" + " ->".join(f"{node:>5}" for node in line.split("=")[1].split(",")) + "\n" in printed
     assert call(monkeypatch, sample, "--out_dir", finished, "--prompt", lines[0].split("=")[0] + "=") == 0
     assert "on 1 graphs" in capsys.readouterr().out
 
@@ -911,16 +911,60 @@ def test_sample_knows_a_right_answer(flags, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sample, "predict", lambda model, prompts, targets, dollar: (targets, targets))
     assert call(monkeypatch, sample, "--out_dir", tmp_path / "run", "--num_graphs", 100) == 0
     printed = capsys.readouterr().out
-    assert printed.count("   right\n") == 3 and "a real arm         100.0%" in printed and "solved" in printed
+    assert printed.count("        right\n") == 3 and "a real arm         100.0%" in printed and "solved" in printed
 
 
 def test_sample_marks_where_the_answer_leaves_the_path(capsys):
     arms = [[1, 2, 3], [1, 4, 5]]
-    sample.show(arms, [1, 4, 5], [1, 2, 3])
-    sample.show(arms, [1, 4, 5], [1, 4, 5])
-    wrong, right = [line for line in capsys.readouterr().out.splitlines() if "model:" in line]
-    assert wrong == "  model: 1 -> [2] -> 3   wrong: leaves the path at node 2, where 4 is right, and walks another arm"
-    assert right == "  model: 1 -> 4 -> 5   right"
+    wrong = sample.explain(arms, [1, 4, 5], [1, 2, 3], [0.99, 0.5, 1], [1, 2, 5], {2: 0.5, 4: 0.25})
+    assert wrong["leaves_at"] == 1 and wrong["real_arm"] and wrong["arms"] == arms[::-1] and wrong["first_hop"] == [0.25, 0.5]
+    sample.show(wrong, columns=40)
+    assert capsys.readouterr().out.splitlines() == [
+        "P(hop 1)    from 1 to 5",
+        "   25.0%    1 ->    4 ->    5",
+        "   50.0%    1 ->    2 ->    3",
+        "  answer    1 ->  [2] ->  [3]",
+        "    sure  99%     50%    100%",
+        "  forced    1 ->  [2] ->    5",
+        "        wrong: leaves the path at node",
+        "        2, where 4 is right, and walks",
+        "        another arm"]
+    sample.show(wrong, columns=20, color=True)                       # one node fits; right ones are green, wrong ones red
+    assert capsys.readouterr().out.splitlines()[7:10] == [
+        "  answer\033[32m    1\033[0m", "        \033[31m  [2]\033[0m", "        \033[31m  [3]\033[0m"]
+    right = sample.explain(arms, [1, 4, 5], [1, 4, 5], [1, 1, 1], None, {2: 0, 4: 1})
+    assert right["leaves_at"] is None and right["real_arm"]
+    assert not sample.explain(arms, [1, 4, 5], [1, 2, 5], [1, 1, 1], None, {2: 0, 4: 1})["real_arm"]
+    sample.show(right)
+    assert capsys.readouterr().out.splitlines()[3:] == ["  answer    1 ->    4 ->    5", "    sure 100%    100%    100%",
+                                                        "        right"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--teacherless",), ("--reverse",), ("--only_first_hop",), ("--model", "mamba")])
+def test_the_probabilities_of_a_sample(flags, monkeypatch, tmp_path, capsys):
+    """What `sample.py --json` says the model gave each node, against one pass for each token."""
+    assert call(monkeypatch, train, *TINY, *flags, "--out_dir", tmp_path / "run") == 0
+    capsys.readouterr()
+    assert call(monkeypatch, sample, "--out_dir", tmp_path / "run", "--num_graphs", 5, "--show", 2, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["num_graphs"] == 5 and printed["verdict"] is None and len(printed["graphs"]) == 2
+    _, star, model = train.load_run(tmp_path / "run")
+    for graph, prefix in zip(printed["graphs"], data.draw(star, 5, rng([0, 4]))[0].tolist()):
+        assert graph["path"] in graph["arms"] and all([prefix[-3], arm[1]] in [prefix[i:i + 2] for i in range(0, 24, 3)]
+                                                      for arm in graph["arms"])
+        written, hop = graph["answer"], 1
+        if "--reverse" in flags:
+            written, hop = written[::-1], 3
+        rows = []
+        for i in range(len(written)):
+            before = [star.dollar] * i if "--teacherless" in flags else written[:i]
+            rows.append(model(torch.tensor([prefix + before]))[0][0, -1].softmax(0))
+        sure = [row[node].item() for row, node in zip(rows, written)]
+        if "--only_first_hop" in flags:
+            sure[0] = 1                                              # the start is given
+        assert graph["sure"] == pytest.approx(sure[::-1] if "--reverse" in flags else sure, abs=1e-5)
+        assert graph["first_hop"] == pytest.approx([rows[hop][arm[1]].item() for arm in graph["arms"]], abs=1e-5)
+        assert (graph["forced"] is None) == (flags in (("--teacherless",), ("--only_first_hop",)))
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -1124,17 +1168,32 @@ def test_combinations_of_flags(monkeypatch, tmp_path, capsys):
     assert 5 < try_flags(40, monkeypatch, tmp_path, capsys) < 35
 
 
-def test_a_file_works_where_it_is_copied_to(tmp_path):
-    for name in ("data.py", "model_gpt.py", "train.py", "sample.py"):
-        (tmp_path / name).write_text((HERE / name).read_text())
+DRAW = "from data import *; print(draw(PathStar(2, 3, 9), 4, np.random.default_rng())[0].shape)"
+SCAN = "import torch, scan_kernel; x = torch.ones(1, 2, 3); print(scan_kernel.selective_scan(x, x, -torch.ones(2, 2), x, x).shape)"
+LEARN = """import torch, model_{0}
+model = model_{0}.{1}
+idx = torch.randint(9, (2, 8))
+model(idx, idx)[1].backward()
+print(model.generate(idx[:, :3], 2).shape)"""
 
-    def there(script, *flags):
-        return subprocess.run([sys.executable, script, *map(str, flags)], cwd=tmp_path, capture_output=True, text=True)
 
-    assert there("train.py", *TINY, "--out_dir", "out").returncode == 0
-    assert "path accuracy" in there("sample.py", "--out_dir", "out").stdout
-    mamba = there("train.py", *TINY, "--model", "mamba")
-    assert mamba.returncode == 2 and mamba.stderr == "train.py: No module named 'model_mamba'\n"
+@pytest.mark.parametrize("files, command, says", [
+    ("data.py", ("data.py",), "="), ("data.py", ("-c", DRAW), "(4, 15)"),
+    ("scan_kernel.py", ("-c", SCAN), "[1, 2, 3]"),
+    ("model_gpt.py", ("-c", LEARN.format("gpt", "GPT(model_gpt.GPTConfig(8, 9, 1, 2, 4))")), "[2, 5]"),
+    ("model_mamba.py scan_kernel.py", ("-c", LEARN.format("mamba", "Mamba(model_mamba.MambaConfig(9, 1, 4))")), "[2, 5]"),
+    ("train.py data.py model_gpt.py", ("train.py", *TINY), "accuracy"),
+    ("train.py data.py model_gpt.py", ("train.py", *TINY, "--model", "mamba"), "train.py: No module named 'model_mamba'\n"),
+    ("train.py data.py model_mamba.py scan_kernel.py", ("train.py", *TINY, "--model", "mamba"), "accuracy"),
+    ("sample.py train.py data.py model_gpt.py", ("sample.py", "--out_dir", "run"), "path accuracy"),
+])
+def test_files_work_where_they_are_copied_to(files, command, says, finished, tmp_path):
+    """Each file with those that it imports, and nothing else."""
+    for name in files.split():
+        shutil.copy(HERE / name, tmp_path)
+    shutil.copytree(finished, tmp_path / "run")
+    ran = subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, capture_output=True, text=True)
+    assert says in ran.stdout if ran.returncode == 0 else (ran.returncode, ran.stderr) == (2, says)
 
 
 def test_a_script_refuses_in_one_line():
