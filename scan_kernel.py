@@ -3,7 +3,7 @@
 For every sequence b and channel d, with a state h of N numbers:
 
     a_t = exp(dt_t A)                       how much of the state is kept          (the paper's A-bar)
-    h_t = a_t h_{t-1} + B_t x_t             the recurrence, with x_t = dt_t u_t    (equation 2a)
+    h_t = a_t h_{t-1} + B_t x_t             the recurrence, with x_t = dt_t u_t    (equation 2a; dt B for B-bar, to first order)
     y_t = <C_t, h_t> + D u_t                what is read from the state            (equation 2b)
     out_t = y_t silu(z_t)                   the gate
 
