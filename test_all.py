@@ -1209,7 +1209,7 @@ def test_tables_say_what_the_logs_say():
     assert table.returncode == 0 and table.stdout == (HERE / "results" / "README.md").read_text()
     lines = [line for line in table.stdout.splitlines() if line.startswith("| `python") and "--deg" not in line and "--path_len" not in line]
     readme = (HERE / "README.md").read_text()
-    assert len(lines) >= 7
+    assert len(lines) >= 4
     for line in lines:
         assert line in readme, line
 
