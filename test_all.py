@@ -1,4 +1,7 @@
-"""The tests: pytest, on a machine without a GPU. Triton kernels run in Triton's interpreter."""
+"""The tests: pytest, on a machine without a GPU, where Triton kernels run in Triton's interpreter.
+
+On a machine with one, TRITON_INTERPRET=0 pytest -k scan runs the kernels themselves.
+"""
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
@@ -171,6 +174,7 @@ def test_files_that_are_no_data(tmp_path):
 # scan_kernel.py
 
 NAMES = "u delta A B C D z delta_bias".split()
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 SCANS = [selective_scan_cpu] + [selective_scan_triton] * (scan_kernel.triton is not None)  # none on macOS and Windows
 
 
@@ -180,14 +184,14 @@ def scan_inputs(batch, seqlen, dim, dstate, dtype=torch.float32, without=(), see
     inputs = [torch.randn(shape, generator=generator) for shape in (u, u, (dim, dstate), B, B, vector, u, vector)]
     inputs[2] = -inputs[2].abs() * 2
     per_token = {"u", "delta", "B", "C", "z"}
-    return [None if name in without else x.to(dtype if name in per_token else max(dtype, torch.float32, key=lambda d: d.itemsize))
-            .requires_grad_() for name, x in zip(NAMES, inputs)]
+    dtypes = [dtype if name in per_token else max(dtype, torch.float32, key=lambda d: d.itemsize) for name in NAMES]
+    return [None if name in without else x.to(DEVICE, dtype).requires_grad_() for name, x, dtype in zip(NAMES, inputs, dtypes)]
 
 
 def passes(scan, inputs, softplus=True):
     """-> {what: tensor}: out, last state, and the gradient of each input through a weighted sum of out."""
     out, last = scan(*inputs, delta_softplus=softplus, return_last_state=True)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).reshape(out.shape)
     given = [(name, x) for name, x in zip(NAMES, inputs) if x is not None]
     grads = torch.autograd.grad((out.double() * weight).sum(), [x for _, x in given])
     return {"out": out, "last": last} | {name: grad for (name, _), grad in zip(given, grads)}
@@ -203,7 +207,7 @@ def assert_matches(scan, inputs, softplus=True, tolerance=2e-5):
 
 def loop(u, delta, A, B, C, D, z, delta_bias):
     """The recurrence in NumPy, number by number."""
-    u, delta, A, B, C, D, z, delta_bias = (x.detach().double().numpy() for x in (u, delta, A, B, C, D, z, delta_bias))
+    u, delta, A, B, C, D, z, delta_bias = (x.detach().double().cpu().numpy() for x in (u, delta, A, B, C, D, z, delta_bias))
     out = np.zeros(u.shape)
     h = np.zeros((u.shape[0], *A.shape))
     for b, d, t in np.ndindex(*u.shape):
@@ -218,7 +222,7 @@ def loop(u, delta, A, B, C, D, z, delta_bias):
 def test_reference_is_the_recurrence():
     inputs = scan_inputs(2, 7, 3, 4, torch.float64)
     for ours, theirs in zip(selective_scan_ref(*inputs, delta_softplus=True, return_last_state=True), loop(*inputs)):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours.cpu(), theirs)
 
 
 SIZES = [(2, 1, 3, 1), (1, 2, 70, 5), (3, 3, 5, 8), (2, 31, 66, 16), (1, 257, 3, 5)]
@@ -315,9 +319,9 @@ def test_grid_of_mamba_ssm(scan, dtype, seqlen):
     batch, dim, dstate = 2, 4, 8
     u, B, C, z = (torch.randn(batch, n, seqlen, dtype=dtype) for n in (dim, dstate, dstate, dim))
     delta, A = (0.5 * torch.rand(batch, dim, seqlen)).to(dtype), -0.5 * torch.rand(dim, dstate)
-    inputs = [x.requires_grad_() for x in (u, delta, A, B, C, torch.randn(dim), z, 0.5 * torch.rand(dim))]
-    (out, last, *grads), (out_ref, last_ref, *grads_ref) = ([*result, *torch.autograd.grad(result[0], inputs, torch.ones_like(u))]
-        for result in (f(*inputs, delta_softplus=True, return_last_state=True) for f in (scan, selective_scan_ref)))
+    inputs = [x.to(DEVICE).requires_grad_() for x in (u, delta, A, B, C, torch.randn(dim), z, 0.5 * torch.rand(dim))]
+    (out, last, *grads), (out_ref, last_ref, *grads_ref) = (
+        [*result, *torch.autograd.grad(result[0], inputs, torch.ones_like(result[0]))] for result in (f(*inputs, delta_softplus=True, return_last_state=True) for f in (scan, selective_scan_ref)))
     torch.testing.assert_close(out, out_ref, rtol=rtol, atol=atol)
     torch.testing.assert_close(last, last_ref, rtol=rtol, atol=atol)
     weights = max(1e-3, rtol), max(1e-3, atol)
@@ -385,7 +389,7 @@ def test_scan_memory(scan, monkeypatch):
 @pytest.mark.skipif(scan_kernel.triton is None or sys.platform != "linux", reason="needs triton, and memory only when touched")
 def test_offsets_beyond_32_bits():
     inputs = scan_inputs(2, 3, 4, 2)
-    storage = torch.empty((1 << 31) + 100, dtype=torch.float16)      # 4 GB of which two pages are touched
+    storage = torch.empty((1 << 31) + 100, dtype=torch.float16, device=DEVICE)   # 4 GB; on a CPU two pages of them are touched
     far = storage.as_strided((2, 4, 3), (1 << 31, 3, 1))
     with torch.no_grad():
         near = far.copy_(inputs[0]).clone()
