@@ -321,7 +321,8 @@ def test_grid_of_mamba_ssm(scan, dtype, seqlen):
     delta, A = (0.5 * torch.rand(batch, dim, seqlen)).to(dtype), -0.5 * torch.rand(dim, dstate)
     inputs = [x.to(DEVICE).requires_grad_() for x in (u, delta, A, B, C, torch.randn(dim), z, 0.5 * torch.rand(dim))]
     (out, last, *grads), (out_ref, last_ref, *grads_ref) = (
-        [*result, *torch.autograd.grad(result[0], inputs, torch.ones_like(result[0]))] for result in (f(*inputs, delta_softplus=True, return_last_state=True) for f in (scan, selective_scan_ref)))
+        [*result, *torch.autograd.grad(result[0], inputs, torch.ones_like(result[0]))]
+        for result in (f(*inputs, delta_softplus=True, return_last_state=True) for f in (scan, selective_scan_ref)))
     torch.testing.assert_close(out, out_ref, rtol=rtol, atol=atol)
     torch.testing.assert_close(last, last_ref, rtol=rtol, atol=atol)
     weights = max(1e-3, rtol), max(1e-3, atol)

@@ -161,9 +161,9 @@ def steps(args):
           *([name, t, f"{128e3 / t:.0f}", t / ms["ours"]] for name, t in ms.items()))
 
 
-def authors_loop(args, n=150, rounds=3):
+def authors_loop(args, n=150, rounds=3, names=10, batch=128, layers=6, width=64, heads=4):
     """Our training loop and the authors', as they are, on the same graphs: the time per step of the second half."""
-    print("## The training loop of the paper's authors, one thread each, our default size\n")
+    print(f"## The training loop of the paper's authors, one thread each, {layers} layers, width {width}, batch {batch}\n")
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -172,19 +172,20 @@ def authors_loop(args, n=150, rounds=3):
         (copy / "wandb.py").touch()                                  # imported, not used
         graphs = copy / "data" / "datasets" / "graphs"
         graphs.mkdir(parents=True, exist_ok=True)
-        star = PathStar(2, 5, 10)
-        for part, size in (("train_200000", 128 * n), ("test_20000", 1000)):
+        star = PathStar(2, 5, names)
+        sizes = ["--n_layer", str(layers), "--n_embd", str(width), "--n_head", str(heads), "--batch_size", str(batch)]
+        for part, size in (("train_200000", batch * n), ("test_20000", 1000)):
             lines = text(star, *draw(star, size, np.random.default_rng(size)))
-            (graphs / f"deg_2_path_5_nodes_10_{part}.txt").write_text("\n".join(lines) + "\n")
+            (graphs / f"deg_2_path_5_nodes_{names}_{part}.txt").write_text("\n".join(lines) + "\n")
         for i in range(rounds):
             out = Path(folder) / f"ours{i}"
-            subprocess.run([sys.executable, HERE / "train.py", "--train_file", graphs / "deg_2_path_5_nodes_10_train_200000.txt",
-                            "--n_test", "1000", "--max_iters", str(n), "--eval_interval", str(n // 3), "--out_dir", out],
-                           check=True, env=env, capture_output=True)
+            subprocess.run([sys.executable, HERE / "train.py", "--train_file", graphs / f"deg_2_path_5_nodes_{names}_train_200000.txt",
+                            "--num_nodes", str(names), "--n_test", "1000", "--max_iters", str(n), "--eval_interval", str(n // 3),
+                            "--out_dir", out, *sizes], check=True, env=env, capture_output=True)
             log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
             ours.append((log[-1]["elapsed_s"] - log[1]["elapsed_s"]) / (log[-1]["iter"] - log[1]["iter"]) * 1e3)
-            command = [sys.executable, "train.py", "--n_layer", "6", "--n_embd", "64", "--n_head", "4", "--num_nodes", "10",
-                       "--n_train", str(128 * n), "--n_test", "1000", "--batch_size", "128", "--epochs", "1"]
+            command = [sys.executable, "train.py", *sizes, "--num_nodes", str(names), "--n_train", str(batch * n), "--n_test", "1000",
+                       "--epochs", "1"]
             process = subprocess.Popen(command, cwd=copy, env=env, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
             last = {}
             for line in process.stderr:                              # tqdm: 50/150 [00:09<00:18, 5.3it/s]
@@ -194,7 +195,7 @@ def authors_loop(args, n=150, rounds=3):
                     process.kill()
             middle = min(last, key=lambda done: abs(done - n // 3))
             theirs.append((last[n] - last[middle]) / (n - middle) * 1e3)
-    table(["loop", "ms per step", "times as long as ours"], ["ours, with an evaluation every 50 steps", statistics.median(ours), 1.0],
+    table(["loop", "ms per step", "times as long as ours"], [f"ours, with an evaluation every {n // 3} steps", statistics.median(ours), 1.0],
           ["the authors'", statistics.median(theirs), statistics.median(theirs) / statistics.median(ours)])
 
 
@@ -267,7 +268,7 @@ def generation():
 
 
 def gpu():
-    """On a machine with a GPU: python results/speed.py --only gpu"""
+    """On a machine with a GPU: python results/speed.py --only gpu gpu_training --authors Next-Token-Failures"""
     import scan_kernel
     print(f"## The scan on {torch.cuda.get_device_name()}\n\n```", flush=True)
     rivals = {"loop": selective_scan_ref, "doubling": lambda *x, delta_softplus: doubling(*x)}
@@ -280,6 +281,25 @@ def gpu():
             except torch.OutOfMemoryError:
                 print(shape, name, "out of memory", flush=True)
     print("```\n")
+
+
+def gpu_training(args):
+    """On a machine with a GPU: a step of the paper's sizes, with and without --compile, beside what it must take at least."""
+    import paper
+    rows = [["run", "ms per step", "share of the matrix rate"]]
+    flops = {"gpt": 1.03e12, "mamba": 0.99e12, "mamba784": 4.10e12}  # a step of G(2,5): python results/paper.py --estimate
+    for name in paper.MODELS:
+        for more in ((), ("--compile",)):
+            with tempfile.TemporaryDirectory() as folder:
+                subprocess.run([sys.executable, HERE / "train.py", *paper.flags_of(name, "teacher_forced", 2, 5, 0), *more, "--n_train", "51200",
+                                "--n_test", "100", "--max_iters", "400", "--eval_interval", "100", "--out_dir", folder + "/out"], check=True)
+                log = [json.loads(line) for line in Path(folder, "out", "log.jsonl").read_text().splitlines()[1:]]
+            ms = (log[-1]["elapsed_s"] - log[1]["elapsed_s"]) / 300 * 1e3
+            rows.append([" ".join((name, *more)), ms, f"{flops[name] / paper.RATE / ms * 1e3:.0%}"])
+    print(f"## A step of training at the paper's size on {torch.cuda.get_device_name()}, batch 256, G(2,5) with 50 names\n")
+    table(*rows)
+    if args.authors:
+        authors_loop(args, n=600, names=50, batch=256, layers=12, width=384, heads=6)
 
 
 def compiled():
@@ -338,6 +358,7 @@ if __name__ == "__main__":
     print(f"# Speed\n\nMade by `python results/speed.py` on {datetime.date.today()}: {cpu}, {os.cpu_count()} cores, Python "
           f"{platform.python_version()}, torch {torch.__version__}. Ratios count; milliseconds depend on the machine and the day.\n")
     for name, make in (("scans", scans), ("steps", lambda: steps(args)), ("authors", lambda: authors_loop(args)),
-                       ("loop", loop_overhead), ("generation", generation), ("compiled", compiled), ("gpu", gpu)):
+                       ("loop", loop_overhead), ("generation", generation), ("compiled", compiled), ("gpu", gpu),
+                       ("gpu_training", lambda: gpu_training(args))):
         if name in args.only:
             make()

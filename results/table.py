@@ -1,4 +1,7 @@
-"""What the recorded runs beside this file ended with, as Markdown: python results/table.py > results/README.md"""
+"""What the recorded runs beside this file ended with, as Markdown: python results/table.py > results/README.md
+
+Given a folder, the runs recorded there.
+"""
 import json
 import sys
 from pathlib import Path
@@ -37,7 +40,7 @@ def spread(values, form):
 
 
 runs = {}                                                            # command: its runs
-for file in HERE.glob("*.jsonl"):
+for file in (Path(sys.argv[1]) if sys.argv[1:] else HERE).glob("*.jsonl"):
     header, *lines = map(json.loads, file.read_text().splitlines())
     runs.setdefault(command(header["config"]), []).append((header, lines, file.name))
 order = sorted(runs, key=lambda words: ["--deg" in words or "--path_len" in words, "mamba" in words, words])
