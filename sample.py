@@ -113,7 +113,7 @@ def main():
     own, forced = predict(model, prompts, targets, dollar)
     given = distributions(model, prompts[:args.show], own[:args.show], dollar)
     sure = given.gather(2, own[:args.show, :, None])[:, :, 0]
-    answers, forced_answers = own, forced                            # written in the order of training; below from start to goal
+    answers, forced_answers = own, forced                            # as written; from here on, from start to goal
     if config["reverse"]:
         answers, forced_answers, sure, given = (None if x is None else x.flip(1) for x in (own, forced, sure, given))
     if config["only_first_hop"]:                                     # the start is part of the prompt
@@ -127,7 +127,8 @@ def main():
     result = {**summary(own, forced, targets), "real_arm": sum(is_arm) / len(is_arm), "chance": 1 / star.deg}
     says = verdict(result, config | {"n_test": len(paths)}) if len(paths) >= 100 else None      # fewer tell nothing
     if args.json:
-        return print(json.dumps({"out_dir": args.out_dir, "num_graphs": len(paths), **result, "verdict": says, "graphs": graphs}))
+        print(json.dumps({"out_dir": args.out_dir, "num_graphs": len(paths), **result, "verdict": says, "graphs": graphs}))
+        return
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     for graph in graphs:
         show(graph, shutil.get_terminal_size().columns, color, args.pause)

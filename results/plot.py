@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data import PathStar, draw  # noqa: E402
+from reproduce import GRID_STEPS  # noqa: E402
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"  # told apart by the colour-blind, too
 NODES = [(GREY, "-"), (RED, "-"), (ORANGE, "--"), (GREEN, "-."), (BLUE, ":")]             # start, first hop, ..., goal
@@ -82,14 +83,15 @@ def nodes(name, key, flags, title, ylabel):
 
 
 def grid():
-    """Final path accuracy of all recorded runs over the length and over the number of the paths, beside guessing."""
+    """Path accuracy of all recorded runs after at most GRID_STEPS steps, over length and number of the paths, beside guessing."""
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), sharey=True, layout="constrained")
     for ax, vary, fixed, title in ((axes[0], "path_len", {"deg": 2}, "two arms"), (axes[1], "deg", {"path_len": 5}, "paths of five nodes")):
         for model, dodge, marker in (("gpt", -0.06, "o"), ("mamba", 0.06, "^")):
             for teacherless, color, style in ((False, RED, "-"), (True, BLUE, "--")):
                 ends = {}
                 for config, log in records(model=model, teacherless=teacherless, reverse=False, only_first_hop=False, **fixed):
-                    ends.setdefault(config[vary], []).append(log["accuracy"][-1])
+                    within = [share for share, seen in zip(log["accuracy"], log["iter"]) if seen <= GRID_STEPS[model]]
+                    ends.setdefault(config[vary], []).append(within[-1])
                 sizes = sorted(ends)
                 label = f"{NAMES[model]}, {'teacherless' if teacherless else 'teacher-forced'}"
                 ax.plot([size + dodge for size in sizes], [np.mean(ends[size]) for size in sizes], style, color=color, lw=1.2)

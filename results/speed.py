@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import datetime
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -141,13 +142,13 @@ def steps(args):
 
     first = lambda model: model(idx, targets)[0]
     ms = take_turns({
-        "ours": step(Mamba(MambaConfig(vocab_size=14, n_layer=3, d_model=64, d_state=8)), first),
+        "ours": step(Mamba(MambaConfig(vocab_size=14, n_layer=3, d_model=128, d_state=16)), first),
         "transformers": step(MambaForCausalLM(TransformersConfig(
-            vocab_size=14, hidden_size=64, state_size=8, num_hidden_layers=3, use_mambapy=False)), lambda m: m(idx).logits),
-        "mambapy": step(torch.nn.Sequential(torch.nn.Embedding(14, 64), Mambapy(MambapyConfig(d_model=64, n_layers=3, d_state=8)),
-                                            torch.nn.RMSNorm(64), torch.nn.Linear(64, 14, bias=False)), lambda m: m(idx)),
+            vocab_size=14, hidden_size=128, state_size=16, num_hidden_layers=3, use_mambapy=False)), lambda m: m(idx).logits),
+        "mambapy": step(torch.nn.Sequential(torch.nn.Embedding(14, 128), Mambapy(MambapyConfig(d_model=128, n_layers=3, d_state=16)),
+                                            torch.nn.RMSNorm(128), torch.nn.Linear(128, 14, bias=False)), lambda m: m(idx)),
     }, seconds=20)
-    table(["Mamba, 3 layers, width 64, d_state 8", "ms", "examples per second", "times as long as ours"],
+    table(["Mamba, 3 layers, width 128, d_state 16", "ms", "examples per second", "times as long as ours"],
           *([name, t, f"{128e3 / t:.0f}", t / ms["ours"]] for name, t in ms.items()))
     size = dict(block_size=31, vocab_size=14, n_layer=6, n_head=4, n_embd=64)
     with contextlib.redirect_stdout(None):                           # it prints its size
@@ -201,10 +202,10 @@ def authors_loop(args, n=150, rounds=3, names=10, batch=128, layers=6, width=64,
 
 def loop_overhead():
     """Where a default run's time goes: train.main itself, with clocks around what it calls."""
-    print("## Where the time of the training loop goes, default sizes, one thread\n")
-    torch.set_num_threads(1)
-    rows = [["run of 200 steps", "ms per step", "forward, backward, clipping, AdamW", "the loop around them", "evaluation, at the default interval"]]
-    for model in ("gpt", "mamba"):
+    print("## Where the time of the training loop goes, default sizes\n")
+    rows = [["run of 200 steps", "threads", "ms per step", "forward, backward, clipping, AdamW", "the loop around them", "evaluation, at the default interval"]]
+    for model, threads in itertools.product(("gpt", "mamba"), (1, os.cpu_count())):
+        torch.set_num_threads(threads)
         spent = dict(steps=0.0, evaluation=0.0)
 
         def clocked(function, what):
@@ -240,7 +241,7 @@ def loop_overhead():
         total = log[-1]["elapsed_s"]                                 # the last of the three evaluations is not in it all
         evaluation = spent["evaluation"] / 3 * 2
         steps_s, loop = spent["steps"], total - spent["steps"] - spent["evaluation"]
-        rows.append([f"`--model {model}`", (total - evaluation) / 200 * 1e3, f"{steps_s / total:.1%}", f"{max(loop, 0) / total:.1%}",
+        rows.append([f"`--model {model}`", threads, (total - evaluation) / 200 * 1e3, f"{steps_s / total:.1%}", f"{max(loop, 0) / total:.1%}",
                      f"{evaluation / total:.1%}"])
     table(*rows)
 
@@ -253,7 +254,7 @@ def generation():
         prompts = torch.from_numpy(draw(star, 200, np.random.default_rng(0))[0])
         length = star.prefix_len + star.path_len
         for name, model in (("gpt", GPT(GPTConfig(block_size=length, vocab_size=star.vocab_size, n_layer=6, n_head=4, n_embd=64))),
-                            ("mamba", Mamba(MambaConfig(vocab_size=star.vocab_size, n_layer=3, d_model=64, d_state=8)))):
+                            ("mamba", Mamba(MambaConfig(vocab_size=star.vocab_size, n_layer=3, d_model=128, d_state=16)))):
             @torch.no_grad()
             def recompute():
                 idx = prompts
