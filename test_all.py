@@ -1236,19 +1236,6 @@ def test_the_table_counts_from_the_logs(tmp_path):
             in result.stdout.splitlines()), result.stdout
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-@pytest.mark.parametrize("patch", sorted(HERE.glob("results/exercises/*.patch")), ids=lambda patch: patch.stem)
-def test_solutions_of_the_exercises(patch, tmp_path):
-    """Each applies to the files as they are, and what comes out trains."""
-    for file in HERE.glob("*.py"):
-        shutil.copy(file, tmp_path)
-    assert subprocess.run(["git", "apply", patch], cwd=tmp_path).returncode == 0
-    flags = json.loads(patch.with_suffix(".jsonl").read_text().splitlines()[0])["config"]
-    ran = subprocess.run([sys.executable, "train.py", *map(str, TINY), "--model", flags["model"],
-                          *[f"--{name}" for name in ("teacherless", "reverse") if flags[name]]], cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-
-
 def test_the_experiments_are_what_was_recorded():
     """`results/reproduce.py` would run, under the name of each record that it knows, the command that made it."""
     listed = subprocess.run([sys.executable, HERE / "results" / "reproduce.py", "--list"], capture_output=True, text=True).stdout
