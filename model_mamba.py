@@ -65,7 +65,7 @@ class MambaBlock(nn.Module):
 
     def forward(self, x, cache=None):
         """x (B, L, d_model) -> the same shape. A cache holds the last inputs of the convolution and the scan's state."""
-        if cache and x.size(1) > 1:                             # a cache is continued one token at a time
+        if cache and x.size(1) > 1:        # an empty cache is filled by the whole scan, a filled one continued step by step
             return torch.cat([self(x_t, cache) for x_t in x.split(1, dim=1)], dim=1)
         u, z = self.in_proj(x).chunk(2, dim=2)                                      # (B, L, d_inner) each
         u, conv_state = self.convolve(u, cache["conv"] if cache else None)

@@ -22,7 +22,8 @@ dy_t = dout_t silu(z_t) and dz_t = dout_t y_t silu'(z_t). h_t is used twice, by 
     dC_t = sum_channels h_t dy_t            dB_t = sum_channels g_t x_t
     dx_t = <B_t, g_t>                       du_t = dt_t dx_t + D dy_t
     w_t = a_t g_t h_{t-1}                   the gradient of the exponent dt_t A
-    dA = sum_{b,t} dt_t w_t                 ddt_t = <A, w_t> + u_t dx_t
+    dA = sum_{b,t} dt_t w_t                 ddt_t = <A, w_t> + u_t dx_t, times sigmoid (softplus' slope) for ddelta_t
+    dD = sum_{b,t} u_t dy_t                 ddelta_bias = sum_{b,t} ddelta_t
 
 It needs every h_t, which is N times the memory of u. So the forward pass keeps the states at the start of chunks of time
 only, and the backward pass walks the chunks from right to left and computes their states anew.
@@ -96,12 +97,12 @@ class Pieces:
                     for k, t in enumerate(range(0, seqlen, TIME))]
 
     def states(self, b, t, h0):
-        """-> a_t and h_t of the piece [b, t] that starts from state h0, and room for g_t: each (batch, time, dstate, dim)."""
+        """-> a_t, h_t of the piece [b, t] that starts from h0, and room for g_t: views (batch, time, dstate, dim) of `memory`."""
         shape = *self.dt[b, t].shape[:2], *self.A.shape
         a, h, g = (x[:math.prod(shape)].view(shape) for x in self.memory)
         torch.mul(self.dt[b, t, None, :], self.A, out=a).exp_()
         torch.mul(self.x[b, t, None, :], self.B[b, t, :, None], out=h)
-        for a_t, h_t in zip(a.unbind(1), h.unbind(1)):
+        for a_t, h_t in zip(a.unbind(1), h.unbind(1)):               # h_t holds B_t x_t until here
             h0 = h_t.addcmul_(a_t, h0)
         return a, h, g
 
@@ -253,7 +254,7 @@ if triton is not None:
                 right = a * g
                 w = right * hs[i]
                 dx = tl.sum(B_t[:, None] * g, 0)
-                ddt = tl.sum(A_ * w, 0) * LN_2 + u_t * dx
+                ddt = tl.sum(A_ * w, 0) * LN_2 + u_t * dx            # LN_2, as A_ is A log2(e)
                 if SOFTPLUS:
                     ddt *= tl.sigmoid(raw)
                 tl.store(at(du, b, d, t), (dt * dx + D_ * dy).to(du[0].dtype.element_ty), in_dt)

@@ -472,15 +472,18 @@ def test_attention_written_out_equals_fused():
     generator = torch.Generator().manual_seed(0)
     for T, S in ((7, 7), (1, 7), (3, 7)):
         q, k, v = (torch.randn(2, 3, n, 8, generator=generator, dtype=torch.float64) for n in (T, S, S))
-        torch.testing.assert_close(attention(q, k, v), fused_attention(q, k, v))
+        seen = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+        torch.testing.assert_close(attention(q, k, v), F.scaled_dot_product_attention(q, k, v, seen))
+        torch.testing.assert_close(fused_attention(q, k, v), attention(q, k, v))
     idx = tokens(2, 9)
     plain, fused = small("gpt", fused=False), small("gpt")
     torch.testing.assert_close(plain(idx)[0], fused(idx)[0])
 
 
-def test_gpt_is_gpt2():
+@pytest.mark.parametrize("fused", [True, False])
+def test_gpt_is_gpt2(fused):
     """Names and shapes as in nanoGPT; the numbers, against GPT-2's equations on the raw weights."""
-    model = small("gpt").double()
+    model = small("gpt", fused=fused).double()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)

@@ -69,7 +69,7 @@ def make_flags():
     add("d_state", {"mamba": 16}, "numbers of state per channel")
     group = flags.add_argument_group("optimization")
     add("batch_size", 128, "examples a step, over all processes")
-    add("max_iters", {"gpt": 2000, "gpt --teacherless": 6000, "mamba": 1000, "mamba --teacherless": 1500},
+    add("max_iters", {"gpt": 2000, "gpt --teacherless": 6000, "mamba": 1000, "mamba --teacherless": 3000},
         f"steps at most; a run stops when accuracy reaches {SOLVED}")
     add("lr", {"gpt": 1e-3, "mamba": 2e-3}, "learning rate after the warm-up; over the last third of max_iters it falls to 0")
     add("weight_decay", 0.01, "AdamW's, on matrices")
