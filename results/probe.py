@@ -1,7 +1,7 @@
 """Where in the stack a teacherless model knows which node: linear probes, as Markdown.
 
-    python results/reproduce.py gpt-teacherless-seed2 mamba-teacherless-seed2
-    python results/probe.py out/reproduce/gpt-teacherless-seed2 out/reproduce/mamba-teacherless-seed2 > results/probe.md
+    python results/reproduce.py gpt-teacherless-seed2 mamba-teacherless-seed1
+    python results/probe.py out/reproduce/gpt-teacherless-seed2 out/reproduce/mamba-teacherless-seed1 > results/probe.md
 
 A cell is the share of 2,000 new graphs in which the node of its row can be read off the residual stream after a layer, by a
 least-squares map fitted on 4,000 others, at the position of its column: the one that is to predict "start" (the prompt's last
