@@ -90,7 +90,7 @@ def grid():
             for teacherless, color, style in ((False, RED, "-"), (True, BLUE, "--")):
                 ends = {}
                 for config, log in records(model=model, teacherless=teacherless, reverse=False, only_first_hop=False, **fixed):
-                    within = [share for share, seen in zip(log["accuracy"], log["iter"]) if seen <= GRID_STEPS[model]]
+                    within = [share for share, seen in zip(log["accuracy"], log["iter"]) if seen <= GRID_STEPS]
                     ends.setdefault(config[vary], []).append(within[-1])
                 sizes = sorted(ends)
                 label = f"{NAMES[model]}, {'teacherless' if teacherless else 'teacher-forced'}"
