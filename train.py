@@ -57,7 +57,7 @@ def make_flags():
     add("deg", 2, "arms of a graph")
     add("path_len", 5, "nodes on a path, the start included")
     add("num_nodes", 10, "names to draw from; with files, by default as many as occur")
-    add("n_train", {"gpt": 20000, "mamba": 100000}, "training graphs, or lines of --train_file (then all); 0: ever fresh ones")
+    add("n_train", {"gpt": 20000, "mamba": 100000}, "training graphs, or lines of --train_file (all); 0: always fresh ones")
     add("n_test", 1000, "test graphs, or lines of --test_file (all by default)")
     add("train_file", None, "training graphs in text form", type=str)
     add("test_file", None, "test graphs in text form", type=str)
