@@ -84,28 +84,33 @@ def run(todo, args):
             shutil.copy(log, logs / f"{name}.jsonl")
 
 
+def count(name, size):
+    """A training step on tensors without memory -> config, star, parameters, FLOPs, bytes kept for the backward pass."""
+    flags, defaults = train.make_flags()
+    config = train.resolve(vars(flags.parse_args(flags_of(name, "teacher_forced", *size, 0))), defaults)
+    star, kept = PathStar(*size, config["num_nodes"]), {}
+    keep = lambda x: kept.__setitem__(x.untyped_storage()._cdata, x.untyped_storage().nbytes()) or x
+    with torch.device("meta"):
+        model = train.build_model(config, star)
+        idx = torch.zeros(config["batch_size"], star.prefix_len + star.path_len - 1, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                loss = model(idx, idx)[1]
+            loss.backward()
+    return config, star, sum(p.numel() for p in model.parameters()), counter.get_total_flops(), sum(kept.values())
+
+
 def estimate():
-    """Counts a training step on tensors without memory: matrix products, scans, and what is kept for the backward pass."""
+    """What a step needs: matrix products, scans, and memory."""
     print("| model | graph | parameters | TFLOP a step | ms at the matrix rate | ms of scans "
           "| GB for the backward pass, float32 | GB of weights and optimizer |\n|---|---|---|---|---|---|---|---|")
     for size in ((2, 5), *LARGER):
         for name in MODELS:
-            flags, defaults = train.make_flags()
-            config = train.resolve(vars(flags.parse_args(flags_of(name, "teacher_forced", *size, 0))), defaults)
-            star, kept = PathStar(*size, config["num_nodes"]), {}
-            with torch.device("meta"):
-                model = train.build_model(config, star)
-                idx = torch.zeros(config["batch_size"], star.prefix_len + star.path_len - 1, dtype=torch.int64)
-                keep = lambda x: kept.__setitem__(x.untyped_storage()._cdata, x.untyped_storage().nbytes()) or x
-                with FlopCounterMode(display=False) as counter:
-                    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                        loss = model(idx, idx)[1]
-                    loss.backward()
-            n = sum(p.numel() for p in model.parameters())
-            scans = idx.numel() * config["n_layer"] * 2 * config["n_embd"] * SCAN if config["model"] == "mamba" else 0
-            flops = counter.get_total_flops()
+            config, star, n, flops, kept = count(name, size)
+            tokens = config["batch_size"] * (star.prefix_len + star.path_len - 1)
+            scans = tokens * config["n_layer"] * 2 * config["n_embd"] * SCAN if config["model"] == "mamba" else 0
             print(f"| {name} | {star} | {n / 1e6:.1f} M | {flops / 1e12:.2f} | {flops / RATE * 1e3:.1f} | {scans * 1e3:.1f} "
-                  f"| {sum(kept.values()) / 1e9:.1f} | {16 * n / 1e9:.2f} |", flush=True)
+                  f"| {kept / 1e9:.1f} | {16 * n / 1e9:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -288,7 +288,6 @@ def gpu_training(args):
     """On a machine with a GPU: a step of the paper's sizes, with and without --compile, beside what it must take at least."""
     import paper
     rows = [["run", "ms per step", "share of the matrix rate"]]
-    flops = {"gpt": 1.03e12, "mamba": 0.99e12, "mamba784": 4.10e12}  # a step of G(2,5): python results/paper.py --estimate
     for name in paper.MODELS:
         for more in ((), ("--compile",)):
             with tempfile.TemporaryDirectory() as folder:
@@ -296,7 +295,7 @@ def gpu_training(args):
                                 "--n_test", "100", "--max_iters", "400", "--eval_interval", "100", "--out_dir", folder + "/out"], check=True)
                 log = [json.loads(line) for line in Path(folder, "out", "log.jsonl").read_text().splitlines()[1:]]
             ms = (log[-1]["elapsed_s"] - log[1]["elapsed_s"]) / 300 * 1e3
-            rows.append([" ".join((name, *more)), ms, f"{flops[name] / paper.RATE / ms * 1e3:.0%}"])
+            rows.append([" ".join((name, *more)), ms, f"{paper.count(name, (2, 5))[3] / paper.RATE / ms * 1e3:.0%}"])
     print(f"## A step of training at the paper's size on {torch.cuda.get_device_name()}, batch 256, G(2,5) with 50 names\n")
     table(*rows)
     if args.authors:
