@@ -78,7 +78,7 @@ def make_flags():
     add("eval_interval", 100, "steps between evaluations")
     add("seed", 0, "of weights and data")
     add("device", "auto", "cpu, cuda, ... (auto: cuda where there is one)")
-    add("dtype", "auto", "of the forward pass (auto: bfloat16 on a GPU)", choices=("auto", "float32", "bfloat16", "float16"))
+    add("dtype", "auto", "of the forward pass (auto: bfloat16 on a GPU)", choices=("auto", "float32", "bfloat16"))
     add("compile", False, "compile the training step's model with torch.compile")
     add("out_dir", None, "where log.jsonl and ckpt.pt go, by default out/ and a name made of the flags", type=str)
     add("resume", False, "go on with the run in out_dir, with the flags recorded there")
@@ -142,13 +142,14 @@ def load_run(out_dir):
         model = build_model(ckpt["config"], star)
         model.load_state_dict(ckpt["model"])
         make_optimizer(model, ckpt["config"], torch.device("cpu")).load_state_dict(ckpt["optimizer"])
-        ckpt["scaler"], ckpt["iter"], ckpt["elapsed_s"], ckpt["result"], ckpt["losses"]
+        ckpt["iter"], ckpt["elapsed_s"], ckpt["result"], ckpt["losses"]
     except Exception as error:
         raise ValueError(f"{file} does not hold a run of train.py: {type(error).__name__} {str(error)[:200]}") from None
     return ckpt, star, model
 
 
-def save(ckpt, file):
+def save(ckpt, out_dir):
+    file = os.path.join(out_dir, "ckpt.pt")
     torch.save(ckpt, file + ".tmp")        # never half a checkpoint: the old one stays until the new one is whole
     os.replace(file + ".tmp", file)
 
@@ -258,8 +259,6 @@ def setup(given, defaults, rank, world):
         torch.cuda.set_device(device)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = getattr(torch, config["dtype"] if config["dtype"] != "auto" else "bfloat16" if bf16 else "float32")
-    if dtype == torch.float16 and device.type != "cuda":
-        raise ValueError("--dtype float16 needs a GPU: use float32 or bfloat16")
     torch.manual_seed(config["seed"])
     model = model if ckpt else build_model(config, star)
     return config, ckpt, star, train, test, warnings, model.to(device), device, dtype
@@ -320,10 +319,8 @@ def main():
         return (x[rank::world].to(device) for x in (model_input(prompts, targets, dollar), loss_targets(prompts, targets)))
 
     optimizer = make_optimizer(model, config, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if ckpt:
         optimizer.load_state_dict(ckpt["optimizer"])
-        scaler.load_state_dict(ckpt["scaler"])
     start, elapsed, result, earlier = (
         (ckpt["iter"], ckpt["elapsed_s"], ckpt["result"], ckpt["losses"]) if ckpt else (0, 0.0, None, torch.zeros(0)))
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -367,9 +364,8 @@ def main():
                 if evaluate:
                     print(json.dumps(line), file=log)
                     say(report(line, config))
-                save({"model": model.state_dict(), "config": config, "optimizer": optimizer.state_dict(), "losses": earlier,
-                      "scaler": scaler.state_dict(), "iter": it, "elapsed_s": time.time() - began, "result": result},
-                     os.path.join(config["out_dir"], "ckpt.pt"))
+                save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": config, "iter": it,
+                      "elapsed_s": time.time() - began, "result": result, "losses": earlier}, config["out_dir"])
             except (OSError, RuntimeError) as error:
                 flags.exit(1, f"cannot write to {config['out_dir']}: {error}. The checkpoint before is whole: --resume\n")
         if stopped or it == config["max_iters"] or result["accuracy"] >= SOLVED:
@@ -379,11 +375,9 @@ def main():
         with autocast:
             _, loss = step_model(*batch(it))
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
+        optimizer.step()
         losses.append(loss.detach())
     go_on = f"interrupted after step {it}: python train.py --resume --out_dir {config['out_dir']} goes on"
     say(go_on if stopped else verdict(result, config))
