@@ -214,8 +214,8 @@ def datasets(deg=None, path_len=None, num_nodes=None, n_train=None, n_test=None,
         found = edges.shape[1] // (paths.shape[1] - 1), paths.shape[1]
         if deg not in (None, found[0]) or path_len not in (None, found[1]):
             wanted = " and ".join(f"{name} {x}" for name, x in (("deg", deg), ("path_len", path_len)) if x is not None)
-            raise ValueError(f"the file's graphs have deg {found[0]} and path_len {found[1]}, not {wanted} as asked for or found "
-                             "in the other file")
+            raise ValueError(f"the file's graphs have deg {found[0]} and path_len {found[1]}, not {wanted} as asked for or "
+                             "found in the other file")
         deg, path_len = found
     if num_nodes is None:
         num_nodes = max(edges.max() for edges, _ in files.values()).item() + 1

@@ -97,7 +97,7 @@ class Pieces:
                     for k, t in enumerate(range(0, seqlen, TIME))]
 
     def states(self, b, t, h0):
-        """-> a_t, h_t of the piece [b, t] that starts from h0, and room for g_t: views (batch, time, dstate, dim) of `memory`."""
+        """-> a_t, h_t of the piece [b, t] that starts from h0; room for g_t. Views (batch, time, dstate, dim) of `memory`."""
         shape = *self.dt[b, t].shape[:2], *self.A.shape
         a, h, g = (x[:math.prod(shape)].view(shape) for x in self.memory)
         torch.mul(self.dt[b, t, None, :], self.A, out=a).exp_()

@@ -102,11 +102,12 @@ if __name__ == "__main__":
     losses, seconds = main(sys.argv[1])
     ratio = seconds["theirs"] / seconds["ours"]
     apart = max(abs(theirs - ours) / theirs for theirs, ours in losses)
-    print(f"""Made by `python results/authors.py Next-Token-Failures` on {datetime.date.today()}: {platform.machine()}, {torch.get_num_threads()} threads,
-Python {platform.python_version()}, torch {torch.__version__}, seed 0. What is compared, and how, is in the docstring of `authors.py`.
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"""Made by `python results/authors.py Next-Token-Failures` on {datetime.date.today()}: {machine}, seed 0. What is
+compared, and how, is in the docstring of `authors.py`.
 
-A step takes theirs {seconds["theirs"] * 1e3:.0f} ms and ours {seconds["ours"] * 1e3:.0f} ms (medians, taking turns): {ratio:.2f} times as
-long. The losses, in float32, differ by {apart:.1e} of the loss at most:
+A step takes theirs {seconds["theirs"] * 1e3:.0f} ms and ours {seconds["ours"] * 1e3:.0f} ms (medians, taking turns):
+{ratio:.2f} times as long. The losses, in float32, differ by {apart:.1e} of the loss at most:
 
 | step | theirs | ours |
 |---|---|---|""")

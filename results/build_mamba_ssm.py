@@ -25,8 +25,8 @@ if __name__ == "__main__":
     for part in ("ops", "utils"):                                    # without __init__.py, which imports all of its models
         shutil.copytree(source / "mamba_ssm" / part, build / "mamba_ssm" / part)
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
-    half = [f"-U__CUDA_NO_{what}__" for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_OPERATORS", "BFLOAT16_CONVERSIONS",
-                                                 "BFLOAT162_OPERATORS", "BFLOAT162_CONVERSIONS")]
+    half = [f"-U__CUDA_NO_{dtype}_{what}__" for dtype in ("HALF", "BFLOAT16", "BFLOAT162")
+            for what in ("OPERATORS", "CONVERSIONS")]
     sources = [str(file) for file in source.glob("csrc/selective_scan/*") if file.suffix in (".cpp", ".cu")]
     load("selective_scan_cuda", sources, extra_cflags=["-O3"], build_directory=str(build), verbose=True,
          extra_cuda_cflags=["-O3", "--use_fast_math", "--expt-relaxed-constexpr", "--expt-extended-lambda", *half])

@@ -49,10 +49,11 @@ def accuracy():
     """Path accuracy over the examples seen, every recorded run on the default graph."""
     figure, axes = panels(str, height=2.9)
     for ax, model in axes:
-        for label, color, style, flags in (("teacher-forced", RED, "-", (False, False)), ("teacherless", BLUE, "-", (True, False)),
-                                           ("reversed", GREEN, "--", (False, True))):
+        for label, color, style, teacherless, reverse in (("teacher-forced", RED, "-", False, False),
+                                                          ("teacherless", BLUE, "-", True, False),
+                                                          ("reversed", GREEN, "--", False, True)):
             for i, (_, log) in enumerate(records(model=model, deg=2, path_len=5, only_first_hop=False,
-                                                 teacherless=flags[0], reverse=flags[1])):
+                                                 teacherless=teacherless, reverse=reverse)):
                 ax.plot(log["examples"], log["accuracy"], style, color=color, alpha=0.8,
                         label=label if model == "gpt" and i == 0 else None)
         longest = max(log["examples"][-1] for _, log in records(model=model, deg=2, path_len=5, teacherless=True))
@@ -83,9 +84,10 @@ def nodes(name, key, flags, title, ylabel):
 
 
 def grid():
-    """Path accuracy of all recorded runs after at most GRID_STEPS steps, over length and number of the paths, beside guessing."""
+    """Path accuracy of all recorded runs after at most GRID_STEPS steps, over length and number of the paths."""
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), sharey=True, layout="constrained")
-    for ax, vary, fixed, title in ((axes[0], "path_len", {"deg": 2}, "two arms"), (axes[1], "deg", {"path_len": 5}, "paths of five nodes")):
+    for ax, vary, fixed, title in ((axes[0], "path_len", {"deg": 2}, "two arms"),
+                                   (axes[1], "deg", {"path_len": 5}, "paths of five nodes")):
         for model, dodge, marker in (("gpt", -0.06, "o"), ("mamba", 0.06, "^")):
             for teacherless, color, style in ((False, RED, "-"), (True, BLUE, "--")):
                 ends = {}
@@ -95,8 +97,8 @@ def grid():
                 sizes = sorted(ends)
                 label = f"{NAMES[model]}, {'teacherless' if teacherless else 'teacher-forced'}"
                 ax.plot([size + dodge for size in sizes], [np.mean(ends[size]) for size in sizes], style, color=color, lw=1.2)
-                ax.plot([size + dodge for size in sizes for _ in ends[size]], [end for size in sizes for end in ends[size]], marker,
-                        color=color, markersize=5, mfc=color if model == "gpt" else "white", label=label)
+                ax.plot([size + dodge for size in sizes for _ in ends[size]], [end for size in sizes for end in ends[size]],
+                        marker, color=color, markersize=5, mfc=color if model == "gpt" else "white", label=label)
         sizes = [2.6, 6.4] if vary == "path_len" else np.linspace(1.7, 5.3, 50)
         ax.plot(sizes, [1 / fixed.get("deg", size) for size in sizes], ":", color=GREY, lw=1)
         ax.set(title=title, xlabel="nodes on a path" if vary == "path_len" else "arms", ylim=(-0.03, 1.03),
@@ -127,7 +129,8 @@ def task():
         for node, (x, y) in list(zip(arm, places))[1:]:
             ax.text(x, y, node, ha="center", va="center", color="white", weight="bold",
                     bbox=dict(boxstyle="circle,pad=0.35", color=color))
-    ax.text(14, 0, path[0], ha="center", va="center", color="white", weight="bold", bbox=dict(boxstyle="circle,pad=0.35", color="black"))
+    ax.text(14, 0, path[0], ha="center", va="center", color="white", weight="bold",
+            bbox=dict(boxstyle="circle,pad=0.35", color="black"))
     ax.text(12.6, 0, "start", ha="right", va="center")
     ax.text(14 + 4.5 * 4 + 1.3, 1.2, "goal", va="center")
     ax.text(-1, 2.6, "Which arm leads to the goal?", weight="bold")
@@ -146,7 +149,8 @@ def task():
         for i, token in enumerate(answer):
             ax.text(32.6 + 1.4 * i, y, token, ha="center", family="monospace", color=RED if token == path[1] else "black",
                     weight="bold" if token == path[1] else "normal")
-    ax.text(39, -7.5, "red: the first hop. Written first, it needs a plan; reversed, it is one more look-up", ha="right", color=RED, fontsize=8)
+    ax.text(39, -7.5, "red: the first hop. Written first, it needs a plan; reversed, it is one more look-up", ha="right",
+            color=RED, fontsize=8)
     save(figure, "task")
 
 

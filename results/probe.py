@@ -37,10 +37,11 @@ for folder in sys.argv[1:]:
         sys.exit(f"probe.py: {folder} was not trained by --teacherless, from start to goal")
     prompts, targets = prompts_and_targets(ckpt["config"], *draw(star, 6000, np.random.default_rng(99)))
     names = ["start", *(f"hop {i}" for i in range(1, star.path_len - 1)), "goal"]
-    print(f"{ckpt['config']['model']}, seed {ckpt['config']['seed']}, step {ckpt['iter']}, accuracy {ckpt['result']['accuracy']:.1%}\n")
+    config, accuracy = ckpt["config"], ckpt["result"]["accuracy"]
+    print(f"{config['model']}, seed {config['seed']}, step {ckpt['iter']}, accuracy {accuracy:.1%}\n")
     print("| after layer | node | " + " | ".join(f"at {name}" for name in names[:-1]) + " |\n|" + "---|" * (1 + len(names)))
     for number, x in enumerate(layers(model, model_input(prompts, targets, star.dollar)), 1):
-        x = F.pad(x[:, prompts.size(1) - 1:], (0, 1), value=1.0)     # (6000, path_len, width + 1), from the prompt's last token on
+        x = F.pad(x[:, prompts.size(1) - 1:], (0, 1), value=1.0)     # (6000, path_len, width + 1), from the prompt's end on
         for node in range(1, star.path_len - 1):
             shares = []
             for at in range(star.path_len - 1):

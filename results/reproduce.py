@@ -1,6 +1,6 @@
 """Runs the recorded experiments again, or for the first time, and compares what comes out with the record.
 
-    python results/reproduce.py                          all of them, one after the other; again goes on where it was interrupted
+    python results/reproduce.py                          all, one after the other; goes on where it was interrupted
     python results/reproduce.py mamba-teacherless-seed0  one of them
     python results/reproduce.py --list                   their names, commands and recorded minutes
     python results/reproduce.py --record ...             keep the logs beside this file, as <name>.jsonl
@@ -28,7 +28,7 @@ def experiments():
     """-> {name: flags of train.py}"""
     runs = {f"{model}-{objective}-seed{seed}": ("--model", model, *flags, "--seed", str(seed))
             for model in ("gpt", "mamba") for objective, flags in OBJECTIVES.items() for seed in range(3)}
-    for model, seed, steps in (("gpt", 2, 13000), ("mamba", 1, 5000)):   # five times what the teacherless run of that seed needs
+    for model, seed, steps in (("gpt", 2, 13000), ("mamba", 1, 5000)):   # five times what that seed needs teacherless
         runs[f"{model}-teacher_forced-long-seed{seed}"] = ("--model", model, "--seed", str(seed), "--max_iters", str(steps))
     for deg, path_len in ((2, 3), (2, 4), (2, 6), (3, 5), (5, 5)):       # with (2, 5) above: how the failure grows
         for model in ("gpt", "mamba"):
@@ -73,13 +73,15 @@ def main():
         if read(folder / "log.jsonl") is None:
             left = sum(time for time in known if time)
             print(f"{name}, {number + 1} of {len(todo)}; {left:.0f} minutes left for those that are recorded", flush=True)
-            command = [sys.executable, "train.py", "--out_dir", folder.relative_to(HERE.parent)]
-            subprocess.run(command + (["--resume"] if (folder / "log.jsonl").exists() else list(options)), check=True, cwd=HERE.parent)
+            given = ["--resume"] if (folder / "log.jsonl").exists() else options
+            subprocess.run([sys.executable, "train.py", "--out_dir", folder.relative_to(HERE.parent), *given],
+                           check=True, cwd=HERE.parent)
         new, old = read(folder / "log.jsonl"), read(record)
         if args.record:
             shutil.copy(folder / "log.jsonl", record)
-        print(f"{name}: accuracy {new[-1]['accuracy']:.1%} at step {new[-1]['iter']}; the record "
-              + ("is new" if old is None else "is the same" if old == new else f"has {old[-1]['accuracy']:.1%} at {old[-1]['iter']}"))
+        ends = [f"{lines[-1]['accuracy']:.1%} at step {lines[-1]['iter']}" for lines in (new, old) if lines]
+        beside = "is the same" if old == new else f"has {ends[1]}" if old else "is new"
+        print(f"{name}: accuracy {ends[0]}; the record {beside}")
 
 
 if __name__ == "__main__":

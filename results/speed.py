@@ -96,8 +96,8 @@ def scan_inputs(b, l, d, n):
 
 def scans():
     print(f"## The scan, forward + backward, float32, {torch.get_num_threads()} threads\n")
-    print("(batch, seqlen, dim, dstate); milliseconds of ours, and how many times as long the others take: mambapy's pscan; the "
-          "sequential path of transformers, which indexes the sequence at every step; this project's own plain loop under "
+    print("(batch, seqlen, dim, dstate); milliseconds of ours, and how many times as long the others take: mambapy's pscan; "
+          "the sequential path of transformers, which indexes the sequence at every step; this project's own plain loop under "
           "autograd, which unbinds it once and is therefore faster; and a parallel scan by doubling.\n")
     rows = [["shape", "ours, ms", "best of the three", "mambapy", "transformers", "our plain loop", "doubling"]]
     for shape in [(1, 1, 16, 1), (1, 4, 16, 4), (1, 16, 16, 4), (1, 64, 64, 16), (64, 1, 256, 16), (4, 128, 128, 16),
@@ -115,7 +115,8 @@ def scans():
         ms = take_turns({name: (lambda f=f: both(f)) for name, f in calls.items()})
         ratio = {name: t / ms["ours"] for name, t in ms.items()}
         best = min(r for name, r in ratio.items() if name in ("mambapy", "transformers", "loop"))
-        rows.append([shape, ms["ours"], best, *(ratio.get(name, "-") for name in ("mambapy", "transformers", "loop", "doubling"))])
+        others = [ratio.get(name, "-") for name in ("mambapy", "transformers", "loop", "doubling")]
+        rows.append([shape, ms["ours"], best, *others])
     table(*rows)
 
 
@@ -145,8 +146,9 @@ def steps(args):
         "ours": step(Mamba(MambaConfig(vocab_size=14, n_layer=3, d_model=128, d_state=16)), first),
         "transformers": step(MambaForCausalLM(TransformersConfig(
             vocab_size=14, hidden_size=128, state_size=16, num_hidden_layers=3, use_mambapy=False)), lambda m: m(idx).logits),
-        "mambapy": step(torch.nn.Sequential(torch.nn.Embedding(14, 128), Mambapy(MambapyConfig(d_model=128, n_layers=3, d_state=16)),
-                                            torch.nn.RMSNorm(128), torch.nn.Linear(128, 14, bias=False)), lambda m: m(idx)),
+        "mambapy": step(torch.nn.Sequential(
+            torch.nn.Embedding(14, 128), Mambapy(MambapyConfig(d_model=128, n_layers=3, d_state=16)), torch.nn.RMSNorm(128),
+            torch.nn.Linear(128, 14, bias=False)), lambda m: m(idx)),
     }, seconds=20)
     table(["Mamba, 3 layers, width 128, d_state 16", "ms", "examples per second", "times as long as ours"],
           *([name, t, f"{128e3 / t:.0f}", t / ms["ours"]] for name, t in ms.items()))
@@ -180,13 +182,14 @@ def authors_loop(args, n=150, rounds=3, names=10, batch=128, layers=6, width=64,
             (graphs / f"deg_2_path_5_nodes_{names}_{part}.txt").write_text("\n".join(lines) + "\n")
         for i in range(rounds):
             out = Path(folder) / f"ours{i}"
-            subprocess.run([sys.executable, HERE / "train.py", "--train_file", graphs / f"deg_2_path_5_nodes_{names}_train_200000.txt",
-                            "--num_nodes", str(names), "--n_test", "1000", "--max_iters", str(n), "--eval_interval", str(n // 3),
+            file = graphs / f"deg_2_path_5_nodes_{names}_train_200000.txt"
+            subprocess.run([sys.executable, HERE / "train.py", "--train_file", file, "--num_nodes", str(names),
+                            "--n_test", "1000", "--max_iters", str(n), "--eval_interval", str(n // 3),
                             "--out_dir", out, *sizes], check=True, env=env, capture_output=True)
             log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
             ours.append((log[-1]["elapsed_s"] - log[1]["elapsed_s"]) / (log[-1]["iter"] - log[1]["iter"]) * 1e3)
-            command = [sys.executable, "train.py", *sizes, "--num_nodes", str(names), "--n_train", str(batch * n), "--n_test", "1000",
-                       "--epochs", "1"]
+            command = [sys.executable, "train.py", *sizes, "--num_nodes", str(names), "--n_train", str(batch * n),
+                       "--n_test", "1000", "--epochs", "1"]
             process = subprocess.Popen(command, cwd=copy, env=env, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
             last = {}
             for line in process.stderr:                              # tqdm: 50/150 [00:09<00:18, 5.3it/s]
@@ -196,14 +199,16 @@ def authors_loop(args, n=150, rounds=3, names=10, batch=128, layers=6, width=64,
                     process.kill()
             middle = min(last, key=lambda done: abs(done - n // 3))
             theirs.append((last[n] - last[middle]) / (n - middle) * 1e3)
-    table(["loop", "ms per step", "times as long as ours"], [f"ours, with an evaluation every {n // 3} steps", statistics.median(ours), 1.0],
-          ["the authors'", statistics.median(theirs), statistics.median(theirs) / statistics.median(ours)])
+    our_ms, their_ms = statistics.median(ours), statistics.median(theirs)
+    table(["loop", "ms per step", "times as long as ours"],
+          [f"ours, with an evaluation every {n // 3} steps", our_ms, 1.0], ["the authors'", their_ms, their_ms / our_ms])
 
 
 def loop_overhead():
     """Where a default run's time goes: train.main itself, with clocks around what it calls."""
     print("## Where the time of the training loop goes, default sizes\n")
-    rows = [["run of 200 steps", "threads", "ms per step", "forward, backward, clipping, AdamW", "the loop around them", "evaluation, at the default interval"]]
+    rows = [["run of 200 steps", "threads", "ms per step", "forward, backward, clipping, AdamW", "the loop around them",
+             "evaluation, at the default interval"]]
     for model, threads in itertools.product(("gpt", "mamba"), (1, os.cpu_count())):
         torch.set_num_threads(threads)
         spent = dict(steps=0.0, evaluation=0.0)
@@ -217,7 +222,8 @@ def loop_overhead():
             return call
 
         patches = [(torch.Tensor, "backward", "steps"), (torch.optim.AdamW, "step", "steps"),
-                   (torch.nn.utils, "clip_grad_norm_", "steps"), (train, "predict", "evaluation"), (train, "save", "evaluation")]
+                   (torch.nn.utils, "clip_grad_norm_", "steps"), (train, "predict", "evaluation"),
+                   (train, "save", "evaluation")]
         originals = [getattr(owner, name) for owner, name, _ in patches]
         for owner, name, what in patches:
             setattr(owner, name, clocked(getattr(owner, name), what))
@@ -230,7 +236,7 @@ def loop_overhead():
             return built
         train.build_model = build_clocked
         with tempfile.TemporaryDirectory() as folder:
-            sys.argv = ["train.py", "--model", model, "--max_iters", "200", "--eval_interval", "100", "--out_dir", folder + "/o"]
+            sys.argv = f"train.py --model {model} --max_iters 200 --eval_interval 100 --out_dir {folder}/o".split()
             sys.stdout, screen = open(os.devnull, "w"), sys.stdout
             train.main()
             sys.stdout = screen
@@ -241,8 +247,8 @@ def loop_overhead():
         total = log[-1]["elapsed_s"]                                 # the last of the three evaluations is not in it all
         evaluation = spent["evaluation"] / 3 * 2
         steps_s, loop = spent["steps"], total - spent["steps"] - spent["evaluation"]
-        rows.append([f"`--model {model}`", threads, (total - evaluation) / 200 * 1e3, f"{steps_s / total:.1%}", f"{max(loop, 0) / total:.1%}",
-                     f"{evaluation / total:.1%}"])
+        rows.append([f"`--model {model}`", threads, (total - evaluation) / 200 * 1e3, f"{steps_s / total:.1%}",
+                     f"{max(loop, 0) / total:.1%}", f"{evaluation / total:.1%}"])
     table(*rows)
 
 
@@ -253,8 +259,9 @@ def generation():
     for star in (PathStar(2, 5, 50), PathStar(20, 5, 100)):
         prompts = torch.from_numpy(draw(star, 200, np.random.default_rng(0))[0])
         length = star.prefix_len + star.path_len
-        for name, model in (("gpt", GPT(GPTConfig(block_size=length, vocab_size=star.vocab_size, n_layer=6, n_head=4, n_embd=64))),
-                            ("mamba", Mamba(MambaConfig(vocab_size=star.vocab_size, n_layer=3, d_model=128, d_state=16)))):
+        gpt = GPT(GPTConfig(block_size=length, vocab_size=star.vocab_size, n_layer=6, n_head=4, n_embd=64))
+        mamba = Mamba(MambaConfig(vocab_size=star.vocab_size, n_layer=3, d_model=128, d_state=16))
+        for name, model in (("gpt", gpt), ("mamba", mamba)):
             @torch.no_grad()
             def recompute():
                 idx = prompts
@@ -291,8 +298,9 @@ def gpu_training(args):
     for name in paper.MODELS:
         for more in ((), ("--compile",)):
             with tempfile.TemporaryDirectory() as folder:
-                subprocess.run([sys.executable, HERE / "train.py", *paper.flags_of(name, "teacher_forced", 2, 5, 0), *more, "--n_train", "51200",
-                                "--n_test", "100", "--max_iters", "400", "--eval_interval", "100", "--out_dir", folder + "/out"], check=True)
+                subprocess.run([sys.executable, HERE / "train.py", *paper.flags_of(name, "teacher_forced", 2, 5, 0), *more,
+                                "--n_train", "51200", "--n_test", "100", "--max_iters", "400", "--eval_interval", "100",
+                                "--out_dir", folder + "/out"], check=True)
                 log = [json.loads(line) for line in Path(folder, "out", "log.jsonl").read_text().splitlines()[1:]]
             ms = (log[-1]["elapsed_s"] - log[1]["elapsed_s"]) / 300 * 1e3
             rows.append([" ".join((name, *more)), ms, f"{paper.count(name, (2, 5))[3] / paper.RATE / ms * 1e3:.0%}"])
@@ -309,10 +317,11 @@ def compiled():
     from triton.compiler import ASTSource
     import scan_kernel
     print(f"## The Triton kernels as compiled ahead of time, triton {triton.__version__}, d_state 16\n")
-    print("Registers and stack (spills) of a thread, and instructions that a warp issues for one time step of its 32 channels: in "
-          "all, exponentials and the like (MUFU), shuffles (SHFL), loads and stores. The last column is what the instructions allow "
-          "at best on an H200 (132 multiprocessors, four instructions a clock, 1.98 GHz): picoseconds per channel and step.\n")
-    rows = [["kernel", "dtype", "chip", "registers", "stack, bytes", "instructions", "MUFU", "SHFL", "loads, stores", "issue limit, ps"]]
+    print("Registers and stack (spills) of a thread, and instructions that a warp issues for one time step of its 32 channels: "
+          "in all, exponentials and the like (MUFU), shuffles (SHFL), loads and stores. The last column is what the instructions "
+          "allow at best on an H200 (132 multiprocessors, four instructions a clock, 1.98 GHz): picoseconds per channel and step.\n")
+    rows = [["kernel", "dtype", "chip", "registers", "stack, bytes", "instructions", "MUFU", "SHFL", "loads, stores",
+             "issue limit, ps"]]
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     aligned, ints = [["tt.divisibility", 16]], ("batch", "dim", "seqlen", "dstate")
     constants = dict(SAVE=False, SOFTPLUS=True, CHUNK=scan_kernel.CHUNK, BLOCK_N=16, BLOCK_D=scan_kernel.BLOCK_D)
@@ -354,9 +363,10 @@ if __name__ == "__main__":
     flags.add_argument("--authors")
     flags.add_argument("--only", nargs="*", default=["scans", "steps", "authors", "loop", "generation", "compiled"])
     args = flags.parse_args()
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), platform.machine())
     print(f"# Speed\n\nMade by `python results/speed.py` on {datetime.date.today()}: {cpu}, {os.cpu_count()} cores, Python "
-          f"{platform.python_version()}, torch {torch.__version__}. Ratios count; milliseconds depend on the machine and the day.\n")
+          f"{platform.python_version()}, torch {torch.__version__}. Ratios count; milliseconds depend on the machine and day.\n")
     for name, make in (("scans", scans), ("steps", lambda: steps(args)), ("authors", lambda: authors_loop(args)),
                        ("loop", loop_overhead), ("generation", generation), ("compiled", compiled), ("gpu", gpu),
                        ("gpu_training", lambda: gpu_training(args))):

@@ -16,7 +16,7 @@ _, defaults = make_flags()
 def command(config):
     """The flags that are not at their defaults, but for the seed."""
     default = resolve({flag: config[flag] for flag in ("model", "teacherless")}, defaults)
-    default.update(model="gpt", teacherless=False, out_dir=config["out_dir"], overwrite=config["overwrite"], seed=config["seed"])
+    default.update({flag: config[flag] for flag in ("out_dir", "overwrite", "seed")}, model="gpt", teacherless=False)
     words = ["python train.py"]
     for flag, value in config.items():
         if value != default[flag]:
