@@ -104,19 +104,10 @@ def step(u, delta, A, B, C, D, z, delta_bias, h):
     return y[:, :, None].to(u.dtype), h
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-5)
-
-
 class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm = RMSNorm(config.d_model)
+        self.norm = nn.RMSNorm(config.d_model, eps=1e-5)
         self.mixer = MambaBlock(config)
 
     def forward(self, x, cache=None):
@@ -130,7 +121,7 @@ class Mamba(nn.Module):
         self.backbone = nn.ModuleDict(dict(
             embedding=nn.Embedding(config.vocab_size, config.d_model),
             layers=nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
-            norm_f=RMSNorm(config.d_model)))
+            norm_f=nn.RMSNorm(config.d_model, eps=1e-5)))
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.lm_head.weight = self.backbone.embedding.weight                        # tied
         # logits begin near 1. The package's 0.02 is for large widths: in a narrow model what the first layer adds drowns it
