@@ -57,7 +57,6 @@ class MambaBlock(nn.Module):
 
         nn.init.uniform_(self.dt_proj.weight, -dt_rank ** -0.5, dt_rank ** -0.5)
         dt = torch.exp(torch.rand(d_inner) * math.log(config.dt_max / config.dt_min) + math.log(config.dt_min))
-        dt = dt.clamp(min=1e-4)
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))              # softplus of this is dt
             # each block adds to the residual stream once; the scale keeps its variance from growing with depth
