@@ -45,7 +45,7 @@ class MambaBlock(nn.Module):
         d_inner, d_state, dt_rank = config.expand * config.d_model, config.d_state, config.dt_rank
         self.sizes = dt_rank, d_state, d_state
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
-        self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner, padding=config.d_conv - 1)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(dt_rank, d_inner)
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
