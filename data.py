@@ -246,12 +246,8 @@ def epoch_order(n, seed, epoch):
 
 def batch_indices(n, batch_size, seed, it):
     """Which of n training graphs step `it` sees: an endless row of shuffled epochs, a function of the step alone."""
-    position, left, parts = it * batch_size, batch_size, []
-    while left:
-        epoch, offset = divmod(position, n)
-        parts.append(epoch_order(n, seed, epoch)[offset:offset + left])
-        position, left = position + len(parts[-1]), left - len(parts[-1])
-    return np.concatenate(parts)
+    epochs, places = np.divmod(np.arange(it * batch_size, (it + 1) * batch_size), n)
+    return np.concatenate([epoch_order(n, seed, epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
 
 
 def verdict(result, config):
