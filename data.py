@@ -74,15 +74,12 @@ def draw(star, n, rng):
     for i in range(0, n, at_once):
         part = slice(i, min(i + at_once, n))
         size = part.stop - i
-        names = draw_distinct(rng, size, star.num_nodes, star.n_edges + 1)
-        arms = np.empty((size, star.deg, star.path_len), np.int64)
-        arms[:, :, 0] = names[:, :1]
-        arms[:, :, 1:] = names[:, 1:].reshape(size, star.deg, star.path_len - 1)
-        order = draw_distinct(rng, size, star.n_edges, star.n_edges)
-        tails, heads = (np.take_along_axis(side.reshape(size, star.n_edges), order, axis=1)
-                        for side in (arms[:, :, :-1], arms[:, :, 1:]))
+        names = draw_distinct(rng, size, star.num_nodes, star.n_edges + 1)      # the start's, then arm after arm
+        order = draw_distinct(rng, size, star.n_edges, star.n_edges)            # edge k enters names[k + 1], from names[k]
+        before = np.where(order % (star.path_len - 1) == 0, 0, order)           # or, where an arm begins, from the start
+        tails, heads = (np.take_along_axis(names, places, axis=1) for places in (before, order + 1))
         # the arms are alike, so the goal may always be on the first: which names and edges it has is random already
-        paths[part] = arms[:, 0]
+        paths[part] = names[:, :star.path_len]
         prefixes[part] = assemble(star, tails, heads, paths[part])
     return prefixes, paths
 
