@@ -57,13 +57,10 @@ def draw_distinct(rng, n, high, k):
 
     The first k steps of a Fisher-Yates shuffle, each done for all rows at once.
     """
-    deck = np.tile(np.arange(high, dtype=np.int32), (n, 1))
-    cards, first = deck.reshape(-1), np.arange(n) * high
+    deck, row = np.tile(np.arange(high, dtype=np.int32), (n, 1)), np.arange(n)
     for i in range(k):
-        j = first + rng.integers(i, high, size=n)
-        drawn = cards[j]
-        cards[j] = deck[:, i]
-        deck[:, i] = drawn
+        j = rng.integers(i, high, size=n)
+        deck[row, i], deck[row, j] = deck[row, j], deck[row, i]
     return deck[:, :k]
 
 
