@@ -278,20 +278,16 @@ def main():
     flags.add_argument("-n", type=int, default=1, help="how many graphs")
     flags.add_argument("--seed", type=int, default=0, help="of the random numbers")
     args = flags.parse_args()
-    try:
-        star = PathStar(args.deg, args.path_len, args.num_nodes)
-    except ValueError as error:
-        flags.error(str(error))
     if args.n < 0 or args.seed < 0:
         flags.error(f"-n and --seed must not be negative, got {args.n} and {args.seed}")
-    rng = np.random.default_rng(args.seed)
     try:
+        star, rng = PathStar(args.deg, args.path_len, args.num_nodes), np.random.default_rng(args.seed)
         for first in range(0, args.n, 100_000):
-            print(*text(star, *draw(star, min(100_000, args.n - first), rng)), sep="\n")
+            print(*text(star, *draw(star, min(100_000, args.n - first), rng)), sep="\n", flush=True)
     except BrokenPipeError:                                          # the reader, `head` say, has seen enough
         sys.stderr.close()
-    except MemoryError:
-        flags.error(f"graphs with {star.num_nodes} names do not fit into memory")
+    except (ValueError, MemoryError) as error:
+        flags.error(str(error))
 
 
 if __name__ == "__main__":
