@@ -13,6 +13,7 @@ in teacherless training, is num_nodes + 3. Commas are not tokens. So the prefix 
 """
 import argparse
 import functools
+import itertools
 import math
 import re
 import sys
@@ -102,10 +103,11 @@ def walk_arms(edges, start):
     return arms
 
 
-def parse_line(line):
+def parse_line(line, deg=None, path_len=None, num_nodes=None):
     """A graph in text form, its path left out or not -> its edges [(a, b), ...] and its path [start, ..., goal].
 
-    Raises ValueError that says what is wrong if it is anything but a path-star graph with the right path.
+    Raises ValueError that says what is wrong if it is anything but a path-star graph with the right path, or if it is of
+    another size than the one that is given.
     """
     match = LINE.fullmatch(line)
     if not match:
@@ -127,35 +129,32 @@ def parse_line(line):
         raise ValueError(f"the goal {goal} is not the end of an arm")
     if match[4] is not None and [int(node) for node in match[4].split(",")] != path:
         raise ValueError(f"the path {match[4]} is not in the graph as the arm from {start} to {goal}")
+    if deg not in (None, len(arms)) or path_len not in (None, len(path)):
+        raise ValueError(f"a graph with deg {len(arms)} and path_len {len(path)}, where deg {deg or len(arms)} and path_len "
+                         f"{path_len or len(path)} are expected")
+    if num_nodes is not None and max(entered) >= num_nodes:
+        raise ValueError(f"node {max(entered)} is out of range: names go from 0 to num_nodes - 1 = {num_nodes - 1}")
     return edges, path
 
 
-def read_graphs(file, limit=None, num_nodes=None):
+def read_graphs(file, limit=None, deg=None, path_len=None, num_nodes=None):
     """The first `limit` graphs (None: all) of a file in text form -> edges (n, n_edges, 2), paths (n, path_len).
 
-    Raises ValueError with file name and line number at the first line that is not a graph of the same deg and path_len
-    as the first one, with the path written out, or that has a name of num_nodes or more.
+    Raises ValueError with file name and line number at the first line that is not a graph of the size that is given, or
+    of the first one's deg and path_len, with its path written out.
     """
     edges, paths = [], []
     with open(file, errors="replace") as f:
-        for number, line in enumerate(f, 1):
-            if number - 1 == limit:
-                break
+        for number, line in enumerate(itertools.islice(f, limit), 1):
             try:
-                line = line.strip()
-                e, path = parse_line(line)
-                if line.endswith("="):
+                e, path = parse_line(line.strip(), deg, path_len, num_nodes)
+                if line.strip().endswith("="):
                     raise ValueError("the path is missing")
-                if paths and (len(e), len(path)) != (len(edges[0]), len(paths[0])):
-                    raise ValueError(f"deg {len(e) // (len(path) - 1)} and path_len {len(path)}, but the lines before have "
-                                     f"{len(edges[0]) // (len(paths[0]) - 1)} and {len(paths[0])}")
-                if num_nodes is not None and max(map(max, e)) >= num_nodes:
-                    raise ValueError(f"node {max(map(max, e))} is out of range: names go from 0 to num_nodes - 1 = "
-                                     f"{num_nodes - 1}")
             except ValueError as error:
                 raise ValueError(f"{file}, line {number}: {error}") from None
             edges.append(e)
             paths.append(path)
+            deg, path_len = len(e) // (len(path) - 1), len(path)
     if not paths:
         raise ValueError(f"{file} is empty: expected one graph a line, like 0,1|2,3|1,4|0,2/0,4=0,1,4")
     if limit is not None and len(paths) < limit:
@@ -202,15 +201,11 @@ def datasets(deg=None, path_len=None, num_nodes=None, n_train=None, n_test=None,
     Returns the PathStar; (prefixes, paths) of the training set and of the test set; and warnings, a list of strings.
     Raises ValueError for a malformed file (OSError for a missing one), contradictions and too small a space of graphs.
     """
-    files = {name: read_graphs(file, n, num_nodes) for name, file, n in
-             (("train", train_file, n_train), ("test", test_file, n_test)) if file is not None}
-    for edges, paths in files.values():
-        found = edges.shape[1] // (paths.shape[1] - 1), paths.shape[1]
-        if deg not in (None, found[0]) or path_len not in (None, found[1]):
-            wanted = " and ".join(f"{name} {x}" for name, x in (("deg", deg), ("path_len", path_len)) if x is not None)
-            raise ValueError(f"the file's graphs have deg {found[0]} and path_len {found[1]}, not {wanted} as asked for or "
-                             "found in the other file")
-        deg, path_len = found
+    files = {}
+    for name, file, n in (("train", train_file, n_train), ("test", test_file, n_test)):
+        if file is not None:
+            edges, paths = files[name] = read_graphs(file, n, deg, path_len, num_nodes)
+            deg, path_len = edges.shape[1] // (paths.shape[1] - 1), paths.shape[1]
     if num_nodes is None:
         num_nodes = max(edges.max() for edges, _ in files.values()).item() + 1
     star = PathStar(deg, path_len, num_nodes)

@@ -25,20 +25,13 @@ GREEN, RED, FAINT = "32", "31", "2"        # terminal colours
 
 def graphs_from(args, star):
     """The graphs that were asked for -> prefixes (n, prefix_len), paths (n, path_len)"""
-    if args.prompt is None and args.file is None:
-        return draw(star, args.num_graphs, np.random.default_rng([args.seed, 4]))
-    if args.prompt is not None:
-        try:
-            edges, paths = (np.array([x]) for x in parse_line(args.prompt.strip()))
-        except ValueError as error:
-            raise ValueError(f"--prompt: {error}") from None
+    size = star.deg, star.path_len, star.num_nodes
+    if args.file is not None:
+        edges, paths = (x[:args.num_graphs] for x in read_graphs(args.file, None, *size))
+    elif args.prompt is not None:
+        edges, paths = (np.array([x]) for x in parse_line(args.prompt.strip(), *size))
     else:
-        edges, paths = (x[:args.num_graphs] for x in read_graphs(args.file, num_nodes=star.num_nodes))
-    if (edges.shape[1], paths.shape[1]) != (star.n_edges, star.path_len):
-        raise ValueError(f"the model knows graphs of deg {star.deg} and path_len {star.path_len}, this one has deg "
-                         f"{edges.shape[1] // (paths.shape[1] - 1)} and path_len {paths.shape[1]}")
-    if edges.max() >= star.num_nodes:
-        raise ValueError(f"node {edges.max()} is out of range: the model knows names from 0 to {star.num_nodes - 1}")
+        return draw(star, args.num_graphs, np.random.default_rng([args.seed, 4]))
     return assemble(star, edges[:, :, 0], edges[:, :, 1], paths), paths
 
 

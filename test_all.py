@@ -151,7 +151,7 @@ def test_files_and_what_they_determine(tmp_path):
     (LINE.replace("/32,12", "/32,16"), "the goal 16 is not the end of an arm"),
     (LINE.replace("=32,34", "=32,3"), "path 32,3,6,16,12 is not in the graph"),
     (LINE.replace("=32,34,6,16,12", "="), "the path is missing"),
-    ("0,1|2,3|1,4|0,2/0,4=0,1,4", "deg 2 and path_len 3, but the lines before have 2 and 5"),
+    ("0,1|2,3|1,4|0,2/0,4=0,1,4", "deg 2 and path_len 3, where deg 2 and path_len 5 are expected"),
     (LINE.replace("28", "60"), "node 60 is out of range")])
 def test_malformed_lines(line, says, tmp_path):
     file = tmp_path / "graphs.txt"
@@ -168,7 +168,7 @@ def test_files_that_are_no_data(tmp_path):
     for name, limit, says in (("empty", None, "is empty"), ("binary", None, "line 1"), ("one", 2, "has 1 graphs")):
         with pytest.raises(ValueError, match=says):
             data.read_graphs(tmp_path / name, limit)
-    with pytest.raises(ValueError, match="not deg 3"):
+    with pytest.raises(ValueError, match="one, line 1: a graph with deg 2 and path_len 5, where deg 3"):
         data.datasets(deg=3, n_test=1, train_file=tmp_path / "one")
 
 
@@ -1023,9 +1023,9 @@ def test_bad_files_prompts_and_checkpoints(finished, monkeypatch, tmp_path, caps
     for flags, says in (
             (("--out_dir", finished, "--file", "x", "--prompt", LINE), "not allowed with"),
             (("--out_dir", finished, "--file", tmp_path / "graphs.txt"), "line 1: node"),
-            (("--out_dir", finished, "--prompt", "hello"), "--prompt: 'hello' is not of the form"),
+            (("--out_dir", finished, "--prompt", "hello"), "'hello' is not of the form"),
             (("--out_dir", finished, "--prompt", LINE), "out of range"),
-            (("--out_dir", finished, "--prompt", "0,1|0,2/0,1="), "this one has deg 2 and path_len 2"),
+            (("--out_dir", finished, "--prompt", "0,1|0,2/0,1="), "deg 2 and path_len 2, where deg 2 and path_len 5"),
             (("--out_dir", finished, "--num_graphs", 0), "--num_graphs")):
         assert call(monkeypatch, sample, *flags) == 2, flags
         printed = capsys.readouterr()
