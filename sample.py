@@ -35,13 +35,6 @@ def graphs_from(args, star):
     return assemble(star, edges[:, :, 0], edges[:, :, 1], paths), paths
 
 
-@torch.no_grad()
-def distributions(model, prompts, tokens, dollar):
-    """What the model gives each token (n, target_len, vocab_size), reading `tokens` (n, target_len) as far as it reads any."""
-    logits, _ = model(model_input(prompts, tokens, dollar), all_logits=True)
-    return logits[:, prompts.size(1) - 1:].softmax(dim=2)
-
-
 def explain(arms, path, answer, sure, forced, first_hop):
     """One graph and what the model made of it, a dict that `show` prints and --json writes; all from start to goal.
 
@@ -80,6 +73,7 @@ def show(graph, columns=80, color=False, pause=0.0):
     print(textwrap.fill(words, max(20, columns), initial_indent=" " * 8, subsequent_indent=" " * 8))
 
 
+@torch.no_grad()
 def main():
     flags = Flags(__doc__)
     flags.add_argument("--out_dir", required=True, help="folder of the run")
@@ -104,7 +98,8 @@ def main():
     prompts, targets = prompts_and_targets(config, prefixes, paths)
     dollar = star.dollar if config["teacherless"] else None
     own, forced = predict(model, prompts, targets, dollar)
-    given = distributions(model, prompts[:args.show], own[:args.show], dollar)
+    logits, _ = model(model_input(prompts[:args.show], own[:args.show], dollar), all_logits=True)
+    given = logits[:, prompts.size(1) - 1:].softmax(dim=2)           # what it gives each token, reading its own before
     sure = given.gather(2, own[:args.show, :, None])[:, :, 0]
     answers, forced_answers = own, forced                            # as written; from here on, from start to goal
     if config["reverse"]:
