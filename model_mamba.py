@@ -148,10 +148,7 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, cache=None):
-        """Continues idx (B, L) greedily, one token at a time from a cache -> (B, L + max_new_tokens).
-
-        With a cache, idx continues the tokens that it has seen.
-        """
+        """Continues idx (B, L), and what the cache has seen before it, greedily -> (B, L + max_new_tokens)."""
         cache, tokens = self.new_cache() if cache is None else cache, [idx]
         for _ in range(max_new_tokens):
             logits, _ = self(tokens[-1], cache=cache)
