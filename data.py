@@ -54,10 +54,7 @@ class PathStar:
 
 
 def draw_distinct(rng, n, high, k):
-    """n rows of k different numbers below `high`, every such row equally likely -> (n, k)
-
-    The first k steps of a Fisher-Yates shuffle, each done for all rows at once.
-    """
+    """n rows of k different numbers below `high`, all equally likely: k steps of a Fisher-Yates shuffle of all rows at once."""
     deck, row = np.tile(np.arange(high, dtype=np.int32), (n, 1)), np.arange(n)
     for i in range(k):
         j = rng.integers(i, high, size=n)
