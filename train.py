@@ -13,7 +13,6 @@ tokens, and the *forced* pass (`forced_accuracy`, `forced_node_accuracy`), where
 """
 import argparse
 import dataclasses
-import functools
 import importlib
 import json
 import os
@@ -299,7 +298,7 @@ def main():
         flags.error(str(error))
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
+    say = lambda *words: print(*words, flush=True) if rank == 0 else None
     for warning in warnings:
         say("warning:", warning)
     dollar = star.dollar if config["teacherless"] else None
