@@ -60,17 +60,17 @@ def selective_scan_ref(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta
     """The equations above, one time step after the other. Arguments and results as in `selective_scan`."""
     check_arguments(u, delta, A, B, C, D, z, delta_bias)
     f = torch.promote_types(u.dtype, torch.float32)
-    x, dt, A, B, C = u.to(f), delta.to(f), A.to(f), B.to(f), C.to(f)
+    u_, dt, A, B, C = u.to(f), delta.to(f), A.to(f), B.to(f), C.to(f)
     dt = dt if delta_bias is None else dt + delta_bias.to(f)[:, None]
     dt = F.softplus(dt) if delta_softplus else dt
     a = torch.exp(torch.einsum("bdl,dn->bdln", dt, A))
-    Bx = torch.einsum("bdl,bnl->bdln", dt * x, B)
-    h, y = x.new_zeros(u.shape[0], *A.shape), []                     # h (batch, dim, dstate)
+    Bx = torch.einsum("bdl,bnl->bdln", dt * u_, B)
+    h, y = u_.new_zeros(u.shape[0], *A.shape), []                    # h (batch, dim, dstate)
     for a_t, Bx_t, C_t in zip(a.unbind(2), Bx.unbind(2), C.unbind(2)):
         h = a_t * h + Bx_t
         y.append(torch.einsum("bdn,bn->bd", h, C_t))
     y = torch.stack(y, dim=2)
-    y = y if D is None else y + D.to(f)[:, None] * x
+    y = y if D is None else y + D.to(f)[:, None] * u_
     y = y if z is None else y * F.silu(z.to(f))
     return (y.to(u.dtype), h.detach()) if return_last_state else y.to(u.dtype)
 
