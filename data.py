@@ -273,7 +273,8 @@ def main():
     if args.n < 0 or args.seed < 0:
         flags.error(f"-n and --seed must not be negative, got {args.n} and {args.seed}")
     try:
-        star, rng = PathStar(args.deg, args.path_len, args.num_nodes), np.random.default_rng(args.seed)
+        star = PathStar(args.deg, args.path_len, args.num_nodes)
+        rng = np.random.default_rng([args.seed, 3])                  # which no run of train.py draws from
         for first in range(0, args.n, 100_000):
             print(*text(star, *draw(star, min(100_000, args.n - first), rng)), sep="\n", flush=True)
     except BrokenPipeError:                                          # the reader, `head` say, has seen enough

@@ -359,7 +359,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     seqlen) in u's dtype; with return_last_state also h after the last step (batch, dim, dstate), through which no gradient
     flows. States are float32, for float64 u float64. Raises ValueError for arguments of another form.
     """
-    small = u.size(-1) == 1 or u.size(0) * u.size(-1) * A.numel() < 1000        # the fast paths cost more than they save
+    small = u.shape[2:] == (1,) or math.prod(u.shape[::2]) * A.numel() < 1000   # the fast paths cost more than they save
     scan = selective_scan_triton if u.is_cuda and triton is not None else selective_scan_ref if small else selective_scan_cpu
     return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 

@@ -107,6 +107,14 @@ def test_same_seed_same_bytes():
     assert len(first.splitlines()) == 3
 
 
+def test_printed_graphs_are_not_those_of_a_run_with_the_same_seed(tmp_path):
+    """Numbers drawn from seed s are those drawn from [s, 0]: files made with --seed must stand apart from every run's sets."""
+    (tmp_path / "graphs.txt").write_text(run("data.py", "-n", 300, "--seed", 0).stdout)
+    printed = data.datasets(n_test=1, train_file=tmp_path / "graphs.txt", num_nodes=50)[1][0]
+    for prefixes, _ in data.datasets(2, 5, 50, 300, 300, seed=0)[1:3]:
+        assert not set(data.keys(prefixes)) & set(data.keys(printed))
+
+
 def test_train_and_test_share_no_prefix():
     star, (train_prefixes, _), (test_prefixes, _), _ = data.datasets(2, 2, 4, 40, 8)
     assert star.count() == 48                                        # all of this space is used, each graph once
@@ -406,8 +414,9 @@ def test_scan_arguments():
                         ([u, delta[:, :, 1:], A, B, C], "delta must be"), ([u, delta, A, B, C, D[1:]], "D must be")):
         with pytest.raises(ValueError, match=says):
             selective_scan(*wrong)
-    with pytest.raises(ValueError, match="u must be"):
-        selective_scan(u, delta, torch.tensor(-1.0), B, C)
+    for scalar in ((u, delta, torch.tensor(-1.0), B, C), (torch.tensor(1.0), delta, A, B, C)):
+        with pytest.raises(ValueError, match="u must be"):
+            selective_scan(*scalar)
     torch.testing.assert_close(selective_scan(*inputs), selective_scan_cpu(*inputs))
 
 

@@ -176,7 +176,7 @@ def predict(model, prompts, targets, dollar, at_once=1000):
     """-> two (n, target_len) tensors of predicted tokens: by the model's own inference, and forced.
 
     Inference sees the prompts only: greedy and one token at a time, or, where dollar is not None (teacherless), all tokens
-    in one pass. The forced pass sees the true tokens before each one; it is None where nothing is fed in.
+    in one pass. The forced pass sees the true tokens before each one; teacherless there is none, and it is None.
     """
     own, forced = [], []
     for prompt, target in zip(prompts.split(at_once), targets.split(at_once)):
@@ -294,7 +294,7 @@ def main():
         if ckpt and (ckpt["iter"] >= config["max_iters"] or ckpt["result"]["accuracy"] >= SOLVED):
             flags.exit(0, f"finished at step {ckpt['iter']}: {verdict(ckpt['result'], config)}\n" if rank == 0 else None)
         log = open_log(config, ckpt, device) if rank == 0 else None  # the first thing that is written
-    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, OverflowError, ImportError) as error:
         flags.error(str(error))
     if world > 1:                                                    # gloo: to agree on stopping without waiting for a GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -303,7 +303,7 @@ def main():
         say("warning:", warning)
     dollar = star.dollar if config["teacherless"] else None
     test_prompts, test_targets = (x.to(device) for x in prompts_and_targets(config, *test))
-    unseen = set(keys(test[0]))                                      # fresh training graphs must not be test graphs
+    held_out = set(keys(test[0]))                                    # fresh training graphs must not be test graphs
     if config["n_train"]:                                            # a fixed set is tokenized once and stays on the device
         prompts, targets = prompts_and_targets(config, *train)
         inputs, wanted = model_input(prompts, targets, dollar).to(device), loss_targets(prompts, targets).to(device)
@@ -314,7 +314,7 @@ def main():
             index = batch_indices(len(inputs), config["batch_size"], config["seed"], it)[rank::world]
             return (x[torch.from_numpy(index).to(device)] for x in (inputs, wanted))
         rng = np.random.default_rng([config["seed"], 2, it])
-        prompts, targets = prompts_and_targets(config, *draw_unseen(star, config["batch_size"], rng, unseen, distinct=False))
+        prompts, targets = prompts_and_targets(config, *draw_unseen(star, config["batch_size"], rng, held_out, distinct=False))
         return (x[rank::world].to(device) for x in (model_input(prompts, targets, dollar), loss_targets(prompts, targets)))
 
     optimizer = make_optimizer(model, config, device)
