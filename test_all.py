@@ -1282,7 +1282,42 @@ def test_the_experiments_are_what_was_recorded():
     assert known >= 24
 
 
+SOLUTIONS = sorted((HERE / "results" / "exercises").glob("*.patch"), key=lambda patch: patch.stem)
+CHECKS = {"4": "attention or gpt_is or cache_equals", "5": "cpu_scan", "6": "gru"}   # what the README tells to check them by
+
+
+def git(*args):
+    return subprocess.run(["git", *map(str, args)], cwd=HERE, capture_output=True).returncode
+
+
+@pytest.mark.skipif(shutil.which("git") is None or git("diff", "--quiet", "HEAD", "--", "*.py", ":!test_all.py"), reason="files were changed")
+def test_solutions_of_the_exercises_fit():
+    """Each applies to the files as they are; the figures that README quotes are those of their logs."""
+    exercises = (HERE / "README.md").read_text().split("## 8. Exercises")[1]
+    assert [patch.stem[0] for patch in SOLUTIONS] == list("456789")
+    for patch in SOLUTIONS:
+        assert git("apply", "--check", patch) == 0, patch.name
+    for log in (HERE / "results" / "exercises").glob("*.jsonl"):
+        text = exercises.split(f"\n{log.stem[0]}. ")[1].split(f"\n{int(log.stem[0]) + 1}. ")[0]
+        end = json.loads(log.read_text().splitlines()[-1])
+        assert f"{end['accuracy']:.1%}".replace("%", " %") in text and f"{end['iter']:,}" in text, log.name
+
+
 # The long tests: pytest -m slow
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", SOLUTIONS, ids=lambda patch: patch.stem)
+def test_solutions_of_the_exercises(patch, tmp_path):
+    """They pass the tests that the README names, and train."""
+    for file in HERE.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    assert subprocess.run(["git", "apply", patch], cwd=tmp_path).returncode == 0
+    commands = [("train.py", *TINY, *flags) for flags in ((), ("--teacherless",), ("--model", "mamba"))]
+    if patch.stem[0] in CHECKS:
+        commands = [("-m", "pytest", "-k", CHECKS[patch.stem[0]], "test_all.py")]
+    for command in commands:
+        ran = subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
 
 @pytest.mark.slow
 def test_fuzzed_lines_at_length():
