@@ -1,7 +1,14 @@
 """A Mamba language model, version 1 (Gu & Dao 2023, arXiv 2312.00752), around the scan of scan_kernel.py.
 
+Each layer mixes a token with the three before it (the convolution), then runs a recurrence: every channel keeps d_state
+numbers, and each token decides ("selective") how much of them to forget, what to write, and what to read.
+
+    x -> in_proj -> u, z        u -> conv1d -> silu -> u        u -> x_proj, dt_proj -> delta, B, C
+                                scan(u, delta, A, B, C) times silu(z) -> out_proj -> added to x
+
 name          in the paper
-B, L          batch and sequence length
+B, L          batch and sequence length, in the shapes; in the code B and C are the scan's
+delta         Delta, how long a token acts: a large one overwrites the state, a small one leaves it as it is
 d_model       D, the width of the residual stream
 d_inner       E D, the width inside a block (E = expand)
 d_state       N, numbers of state per channel
@@ -30,7 +37,7 @@ class MambaConfig:
     d_conv: int = 4
     expand: int = 2
     dt_rank: int = 0          # 0: d_model / 16, rounded up
-    dt_min: float = 0.001     # Delta starts log-uniform between these two, in steps of the sequence
+    dt_min: float = 0.001     # Delta starts log-uniform between these two: states last up to 1 / Delta = 10 to 1000 steps
     dt_max: float = 0.1
 
     def __post_init__(self):
@@ -50,7 +57,8 @@ class MambaBlock(nn.Module):
         self.dt_proj = nn.Linear(dt_rank, d_inner)
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
 
-        # A = -(1, 2, ..., N) for every channel: S4D-real (section 3.6). Kept as a logarithm, so that A stays negative
+        # A = -(1, 2, ..., N) for every channel: S4D-real (section 3.6), each number of a state fades at its own rate. Kept
+        # as a logarithm, so that A stays negative, and exp(delta A), what is kept of the state, below 1
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.A_log._no_weight_decay = self.D._no_weight_decay = True
@@ -63,14 +71,14 @@ class MambaBlock(nn.Module):
             self.out_proj.weight.div_(math.sqrt(config.n_layer))
 
     def forward(self, x, cache=None):
-        """x (B, L, d_model) -> the same shape. A cache holds the last inputs of the convolution and the scan's state."""
+        """x (B, L, d_model) -> the same shape. A cache, {} at first, keeps the convolution's last inputs and the state."""
         if cache and x.size(1) > 1:        # an empty cache is filled by the whole scan, a filled one continued step by step
             return torch.cat([self(x_t, cache) for x_t in x.split(1, dim=1)], dim=1)
         u, z = self.in_proj(x).chunk(2, dim=2)                                      # (B, L, d_inner) each
         u, conv_state = self.convolve(u, cache["conv"] if cache else None)
         u = F.silu(u)
-        dt, B, C = self.x_proj(u).split(self.sizes, dim=2)                          # (B, L, dt_rank), (B, L, d_state) x 2
-        delta = F.linear(dt, self.dt_proj.weight)                                   # its bias is added in the scan
+        low, B, C = self.x_proj(u).split(self.sizes, dim=2)                         # (B, L, dt_rank), (B, L, d_state) x 2
+        delta = F.linear(low, self.dt_proj.weight)                                  # its bias is added in the scan
         u, delta, B, C, z = (y.transpose(1, 2) for y in (u, delta, B, C, z))        # time comes last in the scan
         A = -torch.exp(self.A_log)
         if cache:
@@ -123,7 +131,7 @@ class Mamba(nn.Module):
             norm_f=nn.RMSNorm(config.d_model, eps=1e-5)))
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.lm_head.weight = self.backbone.embedding.weight                        # tied
-        # logits begin near 1. The package's 0.02 is for large widths: in a narrow model what the first layer adds drowns it
+        # logits of size 1. The package's 0.02 is for large widths: in a narrow model what the first layer adds drowns it
         nn.init.normal_(self.lm_head.weight, std=config.d_model ** -0.5)
 
     def new_cache(self):

@@ -135,4 +135,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:                # the reader, `head` say, has seen enough
+        sys.stderr.close()

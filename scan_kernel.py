@@ -1,9 +1,10 @@
 """The selective scan of Mamba (Gu & Dao 2023, arXiv 2312.00752, Algorithm 2), written three times under one signature.
 
-For every sequence b and channel d, with a state h of N numbers:
+For every sequence b and channel d, with a state h of N numbers (A, B_t, C_t, a_t too have N, and B_t and C_t are the same
+for all channels; u_t, dt_t, x_t, y_t are one number each; products are elementwise, <,> sums over the N):
 
     a_t = exp(dt_t A)                       how much of the state is kept          (the paper's A-bar)
-    h_t = a_t h_{t-1} + B_t x_t             the recurrence, with x_t = dt_t u_t    (equation 2a; dt B for B-bar, to first order)
+    h_t = a_t h_{t-1} + B_t x_t             the recurrence, with x_t = dt_t u_t    (equation 2a; dt B: B-bar, for small dt)
     y_t = <C_t, h_t> + D u_t                what is read from the state            (equation 2b)
     out_t = y_t silu(z_t)                   the gate
 
@@ -13,7 +14,8 @@ delta  (batch, dim, seqlen)      Delta; dt_t is Delta_t after        D  (dim,)  
 B, C   (batch, dstate, seqlen)   how a token writes to the state and reads from it: "selective", as they vary with t
 
 `selective_scan_ref` reads like the equations, `selective_scan_cpu` is PyTorch in cache-sized pieces, `selective_scan_triton`
-GPU kernels, both with a backward pass by hand. `selective_scan` picks one. `python scan_kernel.py` times them.
+GPU kernels; both are made by `make_scan`, of a forward and a backward pass by hand. `selective_scan` picks one, and `python
+scan_kernel.py` times them. All walk through time step by step, for many sequences and channels at once.
 
 The backward pass. Write dX for the gradient of the loss with respect to X, and g_t for dh_t. The gate gives
 dy_t = dout_t silu(z_t) and dz_t = dout_t y_t silu'(z_t). h_t is used twice, by y_t and by h_{t+1}:
@@ -28,7 +30,6 @@ dy_t = dout_t silu(z_t) and dz_t = dout_t y_t silu'(z_t). h_t is used twice, by 
 It needs every h_t, which is N times the memory of u. So the forward pass keeps the states at the start of chunks of time
 only, and the backward pass walks the chunks from right to left and computes their states anew.
 """
-import importlib.util
 import math
 import os
 
@@ -76,7 +77,7 @@ def selective_scan_ref(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta
 
 
 TIME = 32        # time steps between two states that selective_scan_cpu saves
-PIECE = 1 << 19  # elements of its temporaries per thread: few for the sake of the cache, but enough to keep calls rare
+PIECE = 1 << 19  # elements of each of its temporaries per thread: few for the sake of the cache, but enough to keep calls rare
 
 
 class Pieces:
@@ -395,6 +396,4 @@ if __name__ == "__main__":
     rivals, dtypes = {"loop": selective_scan_ref}, [torch.float32, torch.bfloat16]
     benchmark("cpu", [(1, 1, 16, 1), (1, 257, 40, 16), (128, 27, 128, 16), (256, 17, 256, 16)], dtypes[:1], rivals)
     if torch.cuda.is_available():
-        if importlib.util.find_spec("mamba_ssm"):
-            rivals["mamba_ssm"] = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
         benchmark("cuda", [(256, 31, 1568, 16), (8, 2048, 1536, 16), (8, 2048, 3072, 16)], dtypes, rivals)

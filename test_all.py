@@ -846,10 +846,12 @@ def test_resume_before_the_first_checkpoint(monkeypatch, tmp_path):
 def test_a_run_is_not_overwritten(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     names = set()
-    for flags in ((), ("--reverse",), ("--model", "mamba"), ("--seed", 1), ("--num_nodes", 11), ("--teacherless",)):
+    for flags in ((), ("--reverse",), ("--model", "mamba"), ("--seed", 1), ("--num_nodes", 11), ("--teacherless",),
+                  ("--n_train", 0), ("--lr", 0.5)):
         assert call(monkeypatch, train, *TINY, *flags, "--max_iters", 1) == 0
         names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert len(names) == 6
+    assert len(names) == 8
+    assert call(monkeypatch, train, *TINY, "--lr", 0.5, "--max_iters", 1, "--resume") == 0
     capsys.readouterr()
     assert call(monkeypatch, train, *TINY) == 2
     assert "holds a run already: --resume" in capsys.readouterr().err

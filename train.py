@@ -118,10 +118,13 @@ def resolve(given, defaults):
     return config
 
 
-def out_dir_of(config):
+def out_dir_of(config, given):
+    """A folder's name that tells runs apart: model, objective, graph, seed, and what was given that makes another run."""
     objective = "-".join(o for o in ("teacherless", "reverse", "only_first_hop") if config[o]) or "teacher_forced"
     graph = f"deg{config['deg']}-len{config['path_len']}-names{config['num_nodes']}"
-    return os.path.join("out", f"{config['model']}-{objective}-{graph}-seed{config['seed']}")
+    others = "n_train train_file n_layer n_embd n_head d_state batch_size lr weight_decay warmup_iters".split()
+    more = "".join(f"-{flag}{os.path.basename(str(given[flag]))}" for flag in others if flag in given)
+    return os.path.join("out", f"{config['model']}-{objective}-{graph}-seed{config['seed']}{more}")
 
 
 def build_model(config, star):
@@ -228,7 +231,7 @@ def setup(given, defaults, rank, world):
     if config["resume"]:
         if config["out_dir"] is None and config["deg"] is None:
             raise ValueError("--resume needs --out_dir where the graphs come from files")
-        out_dir = config["out_dir"] or out_dir_of(config)
+        out_dir = config["out_dir"] or out_dir_of(config, given)
         try:
             ckpt, _, model = load_run(out_dir)
             recorded = ckpt["config"]
@@ -242,7 +245,7 @@ def setup(given, defaults, rank, world):
     star, train, test, warnings = datasets(**{name: config[name] for name in (
         "deg", "path_len", "num_nodes", "n_train", "n_test", "seed", "train_file", "test_file")})
     config.update(deg=star.deg, path_len=star.path_len, num_nodes=star.num_nodes, n_train=len(train[0]), n_test=len(test[0]))
-    config["out_dir"] = config["out_dir"] or out_dir_of(config)
+    config["out_dir"] = config["out_dir"] or out_dir_of(config, given)
     held = any(os.path.exists(os.path.join(config["out_dir"], file)) for file in ("log.jsonl", "ckpt.pt"))
     if held and not given.get("resume") and not config["overwrite"] and rank == 0:
         raise ValueError(f"{config['out_dir']} holds a run already: --resume goes on with it, --overwrite starts over")

@@ -2,7 +2,7 @@
 
     MAMBA_SKIP_CUDA_BUILD=TRUE pip download --no-deps --no-binary :all: --no-build-isolation mamba-ssm==2.3.2.post1
     python results/build_mamba_ssm.py mamba_ssm-2.3.2.post1.tar.gz build
-    PYTHONPATH=build python scan_kernel.py
+    PYTHONPATH=build python results/speed.py --only gpu
 
 Needs nvcc, ninja and einops. The package's own set-up leaves the scan out, or builds it for nine generations of GPUs; one
 takes as long as its slowest source file, a minute or two, where there is a core for each of the ten.

@@ -149,7 +149,7 @@ def task():
         for i, token in enumerate(answer):
             ax.text(32.6 + 1.4 * i, y, token, ha="center", family="monospace", color=RED if token == path[1] else "black",
                     weight="bold" if token == path[1] else "normal")
-    ax.text(39, -7.5, "red: the first hop. Written first, it needs a plan; reversed, it is one more look-up", ha="right",
+    ax.text(39, -7.5, "the first hop: written first, it needs a plan; reversed, it is one more look-up", ha="right",
             color=RED, fontsize=8)
     save(figure, "task")
 
