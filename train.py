@@ -299,8 +299,8 @@ def main():
         log = open_log(config, ckpt, device) if rank == 0 else None  # the first thing that is written
     except (ValueError, OSError, RuntimeError, MemoryError, OverflowError, ImportError) as error:
         flags.error(str(error))
-    if world > 1:                                                    # gloo: to agree on stopping without waiting for a GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     say = lambda *words: print(*words, flush=True) if rank == 0 else None
     for warning in warnings:
         say("warning:", warning)
@@ -329,6 +329,7 @@ def main():
     step_model = torch.compile(model) if config["compile"] else model
     if world > 1:
         step_model = DistributedDataParallel(step_model)
+        control = dist.new_group(backend="gloo")                     # to agree on stopping without waiting for a GPU
     say(f"{config['model']}, {sum(p.numel() for p in model.parameters()):,} parameters, {star}, {device}, "
         f"{dtype}".replace("torch.", ""), "->", config["out_dir"])
 
@@ -337,7 +338,7 @@ def main():
         evaluate = (it % config["eval_interval"] == 0 or it == config["max_iters"]) and not (ckpt and it == start)
         stop = torch.tensor(max(SIGNALS, default=0))
         if world > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX)
+            dist.all_reduce(stop, dist.ReduceOp.MAX, group=control)
         stopped = stop.item()
         lr = config["lr"] * min(1.0, (it + 1) / (config["warmup_iters"] + 1), 3 * (1 - it / config["max_iters"]))
         if evaluate or stopped:
