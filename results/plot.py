@@ -59,8 +59,8 @@ def accuracy():
         longest = max(log["examples"][-1] for _, log in records(model=model, deg=2, path_len=5, teacherless=True))
         ax.set_xlim(-0.02 * longest, 1.05 * longest)                 # the longest teacher-forced runs go on far beyond
         ax.axhline(0.5, color=GREY, lw=0.8, ls=":")
-        ax.annotate("guessing an arm", (1, 0.5), (-2, -10), xycoords=("axes fraction", "data"), textcoords="offset points",
-                    ha="right", color=GREY, fontsize=8)
+    axes[1][0].annotate("guessing an arm", (1, 0.5), (-2, -10), xycoords=("axes fraction", "data"), textcoords="offset points",
+                        ha="right", color=GREY, fontsize=8)
     axes[0][0].set_ylabel("paths right")
     figure.legend(loc="outside upper center", ncol=3)
     save(figure, "accuracy")
