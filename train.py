@@ -385,6 +385,7 @@ def main():
     say(go_on if stopped else verdict(result, config))
     if world > 1:
         dist.barrier()                                               # rank 0 serves the others: it must not leave first
+        del step_model          # else DDP ends the group, when main returns, with Python's lock held: now and then a deadlock
         dist.destroy_process_group()
     if stopped:
         sys.exit(128 + stopped)
