@@ -50,8 +50,8 @@ This page is the output of `python results/table.py`; `python results/reproduce.
 
 Mean over the seeds (least - greatest). *Solved*: runs that reached 99 % of the paths. *Forced*: from the true tokens before;
 *later nodes* is the cheat accuracy, all nodes after the first hop right at once. *Hops learned at*: the step from which the
-first, second, third hop was right in 95 % of the graphs at every evaluation, in teacherless training. *Minutes*: of a core
-of a machine that did other things, too.
+first, second, ... hop before the goal was right in 95 % of the graphs at every evaluation, in teacherless training.
+*Minutes*: of a core of a machine that did other things, too.
 
 | command, with `--seed` 0, 1, ... | runs | solved | paths right | forced: first hop | later nodes | hops learned at | steps | minutes |
 |---|---|---|---|---|---|---|---|---|""")
@@ -62,7 +62,8 @@ for words in order:
     hops = "-"
     if config["teacherless"] and plain:
         steps = [[learned(lines, hop) for _, lines, _ in runs[words]] for hop in range(1, config["path_len"] - 1)]
-        hops = "; ".join(spread(each, "{:,.0f}") + f", {each.count(None)} never" * (None in each) for each in steps)
+        hops = "; ".join("never" if set(each) == {None} else
+                         spread(each, "{:,.0f}") + f", {each.count(None)} never" * (None in each) for each in steps)
     forced = [end["forced_node_accuracy"][1] for end in ends] if plain and not config["teacherless"] else []
     print(f"| `{words}` | {len(ends)} | {sum(end['accuracy'] >= 0.99 for end in ends)} "
           f"| {spread([end['accuracy'] for end in ends], '{:.1%}')} | {spread(forced, '{:.1%}')} "
