@@ -1240,7 +1240,7 @@ def test_a_script_refuses_in_one_line():
 
 
 def test_tables_say_what_the_logs_say():
-    """results/README.md is the table of the logs, and README.md shows its lines on the default graph."""
+    """results/README.md is the table of the logs; README.md shows its lines on the default graph, and figures of the grid."""
     table = run("results/table.py")
     assert table.returncode == 0 and table.stdout == (HERE / "results" / "README.md").read_text()
     lines = [line for line in table.stdout.splitlines()
@@ -1249,6 +1249,11 @@ def test_tables_say_what_the_logs_say():
     assert len(lines) >= 8
     for line in lines:
         assert line in readme, line
+    text = " ".join(readme.split())                                  # the hops but the goal, or the three that are guessed
+    for name in ("mamba-teacherless-deg2-len6", "mamba-teacherless-deg5-len5", "gpt-teacherless-deg2-len6"):
+        end = json.loads((HERE / "results" / f"{name}-seed0.jsonl").read_text().splitlines()[-1])
+        *hops, last = (f"{100 * share:.0f}" for share in end["node_accuracy"][1:4 if name[0] == "g" else -1])
+        assert f"{', '.join(hops)} and {last} %" in text, name
 
 
 def test_the_table_counts_from_the_logs(tmp_path):
@@ -1270,18 +1275,15 @@ def test_the_table_counts_from_the_logs(tmp_path):
 
 
 def test_the_experiments_are_what_was_recorded():
-    """`results/reproduce.py` would run, under the name of each record that it knows, the command that made it."""
-    listed = run("results/reproduce.py", "--list").stdout
+    """`results/reproduce.py` runs, under the name of each record, the command that made it."""
+    listed = run("results/reproduce.py", "--list").stdout.splitlines()
     flags, defaults = train.make_flags()
-    known = 0
-    for line in listed.splitlines():
+    assert len(listed) >= 24
+    for line in listed:
         name, command = line.split(" ", 1)
-        if (log := HERE / "results" / f"{name}.jsonl").exists():
-            given = vars(flags.parse_args(command.split("train.py")[1].split("   ")[0].split()))
-            recorded = json.loads(log.read_text().splitlines()[0])["config"]
-            assert train.resolve(given, defaults) | {"out_dir": None} == recorded | {"out_dir": None}, name
-            known += 1
-    assert known >= 24
+        given = vars(flags.parse_args(command.split("train.py")[1].split("   ")[0].split()))
+        recorded = json.loads((HERE / "results" / f"{name}.jsonl").read_text().splitlines()[0])["config"]
+        assert train.resolve(given, defaults) | {"out_dir": None} == recorded | {"out_dir": None}, name
 
 
 SOLUTIONS = sorted((HERE / "results" / "exercises").glob("*.patch"), key=lambda patch: patch.stem)
@@ -1292,7 +1294,8 @@ def git(*args):
     return subprocess.run(["git", *map(str, args)], cwd=HERE, capture_output=True).returncode
 
 
-@pytest.mark.skipif(shutil.which("git") is None or git("diff", "--quiet", "HEAD", "--", "*.py", ":!test_all.py"), reason="files were changed")
+@pytest.mark.skipif(shutil.which("git") is None or git("diff", "--quiet", "HEAD", "--", "*.py", ":!test_all.py"),
+                    reason="files were changed")
 def test_solutions_of_the_exercises_fit():
     """Each applies to the files as they are; the figures that README quotes are those of their logs."""
     exercises = (HERE / "README.md").read_text().split("## 8. Exercises")[1]

@@ -104,7 +104,7 @@ def grid():
         ax.set(title=title, xlabel="nodes on a path" if vary == "path_len" else "arms", ylim=(-0.03, 1.03),
                xticks=(3, 4, 5, 6) if vary == "path_len" else (2, 3, 5))
         ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, 0))
-    axes[0].annotate("guessing an arm", (6.4, 0.5), (0, -10), textcoords="offset points", ha="right", color=GREY, fontsize=8)
+    axes[0].annotate("guessing an arm", (2.6, 0.5), (0, 3), textcoords="offset points", color=GREY, fontsize=8)
     axes[0].set_ylabel("paths right")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=4, fontsize=8, columnspacing=1)
     save(figure, "grid")
