@@ -1,13 +1,16 @@
 """A decoder-only Transformer: GPT-2's architecture (Radford et al. 2019), written out.
 
-B  batch        T  tokens       C  n_embd, the width        vocab_size  tokens there are
+B  batch        T  tokens        C  n_embd, the width        vocab_size  number of tokens
 
-Parameters are named and shaped as in nanoGPT, so GPT-2's weights load with `strict=True` once its Conv1D matrices are
-transposed. There is no dropout, and three things differ from GPT-2 at the start of training only. The table of positions
-begins as sinusoids rather than as noise, because attention to "the token one to the left" is then easy to express; every
-step of following a path is such a look. The matrices of a model narrower than GPT-2 begin larger. And what block i adds to
-the residual stream is scaled by 1 / i (GPT-2: by 1 / sqrt(2 n_layer), all alike), which also bounds its variance, but has
-the lower blocks learn first: a circuit that forms high in the stack leaves no blocks for the steps that are to follow it.
+Parameters have the names and shapes of nanoGPT, so GPT-2's weights load with `strict=True` once
+its Conv1D matrices are transposed. There is no dropout. Training starts from other weights than
+GPT-2's in three ways:
+- The table of positions begins as sinusoids, not as noise. Attention to "the token one to the
+  left" is then easy to express, and each step along a path is such a look.
+- The matrices of a model narrower than GPT-2 begin larger.
+- What block i adds to the residual stream is scaled by 1 / i. (GPT-2: by 1 / sqrt(2 n_layer) in
+  all blocks.) Both bound the variance. With 1 / i the lower blocks learn first: a circuit that
+  forms high in the stack leaves no blocks for the steps that must follow it.
 """
 import math
 from dataclasses import dataclass
@@ -24,26 +27,33 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    fused: bool = True        # attention by PyTorch's fused kernel; False: written out, the same numbers
+    fused: bool = True        # attention by PyTorch's kernel; False: written out, equal numbers
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
+            raise ValueError(
+                f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}"
+            )
 
 
 def attention(q, k, v):
-    """softmax(Q K^T / sqrt(d)) V, where each query sees the keys up to its own position (Vaswani et al. 2017, eq. 1).
+    """softmax(Q K^T / sqrt(d)) V, causal (Vaswani et al. 2017, equation 1).
 
-    q (B, n_head, T, d); k, v (B, n_head, S, d) with S >= T: the queries are the last T of the S positions.
+    q (B, n_head, T, d); k, v (B, n_head, S, d) with S >= T. The queries stand at the last T of the
+    S positions. Each sees the keys up to its own position.
     """
     T, S = q.size(2), k.size(2)
-    future = torch.full((T, S), float("-inf"), dtype=q.dtype, device=q.device).triu(S - T + 1)
-    scores = (q / math.sqrt(q.size(3))) @ k.transpose(2, 3) + future                # (B, n_head, T, S)
-    return scores.softmax(dim=3) @ v                                                # (B, n_head, T, d)
+    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    scores = q @ k.mT / math.sqrt(q.size(3))                        # (B, n_head, T, S)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    return scores.softmax(dim=3) @ v                                # (B, n_head, T, d)
 
 
 def fused_attention(q, k, v):
-    """The same in one kernel that never stores the (T, S) scores. It knows two cases: all positions, or one at a time."""
+    """The same in one kernel, which never stores the scores.
+
+    Its causal mask needs T = S. A single query sees all keys and needs no mask.
+    """
     T, S = q.size(2), k.size(2)
     if 1 < T < S:
         return attention(q, k, v)
@@ -53,21 +63,28 @@ def fused_attention(q, k, v):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)                   # queries, keys, values
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)   # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head = config.n_head
         self.attend = fused_attention if config.fused else attention
 
     def forward(self, x, cache=None):
+        """x (B, T, C) -> the same shape, and the cache: keys and values (B, n_head, S, d) so far.
+
+        Given a cache, x continues the tokens that led to it.
+        """
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)      # (B, n_head, T, d)
-                   for y in self.c_attn(x).split(C, dim=2))
+        heads = (B, T, self.n_head, C // self.n_head)
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q = q.view(heads).transpose(1, 2)                           # (B, n_head, T, d)
+        k = k.view(heads).transpose(1, 2)
+        v = v.view(heads).transpose(1, 2)
         if cache is not None:
-            if cache:
-                k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
-            cache["k"], cache["v"] = k, v
-        y = self.attend(q, k, v).transpose(1, 2).reshape(B, T, C)                   # heads side by side
-        return self.c_proj(y)
+            k = torch.cat([cache[0], k], dim=2)
+            v = torch.cat([cache[1], v], dim=2)
+        y = self.attend(q, k, v)
+        y = y.transpose(1, 2).reshape(B, T, C)                      # heads side by side
+        return self.c_proj(y), (k, v)
 
 
 class MLP(nn.Module):
@@ -77,7 +94,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))                # the tanh form is GPT-2's
+        x = F.gelu(self.c_fc(x), approximate="tanh")                # GPT-2's form of the GELU
+        return self.c_proj(x)
 
 
 class Block(nn.Module):
@@ -89,8 +107,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+        y, cache = self.attn(self.ln_1(x), cache)
+        x = x + y
+        x = x + self.mlp(self.ln_2(x))
+        return x, cache
 
 
 class GPT(nn.Module):
@@ -101,60 +121,82 @@ class GPT(nn.Module):
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd)))
+            ln_f=nn.LayerNorm(config.n_embd),
+        ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight                           # tied
-        std = 0.02 * math.sqrt(768 / config.n_embd)    # GPT-2's 0.02; narrower needs larger numbers to pass on as much
+        self.lm_head.weight = self.transformer.wte.weight           # tied
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        # A narrow layer sums over few inputs. It needs larger weights to pass on as much.
+        std = 0.02 * math.sqrt(768 / self.config.n_embd)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        with torch.no_grad():
-            self.transformer.wpe.weight.copy_(2 * std * sinusoids(config.block_size, config.n_embd))
-            for i, block in enumerate(self.transformer.h):      # what each block adds to the residual stream, less and less
-                block.attn.c_proj.weight.div_(i + 1)
-                block.mlp.c_proj.weight.div_(i + 1)
+        positions = sinusoids(self.config.block_size, self.config.n_embd)
+        self.transformer.wpe.weight.copy_(2 * std * positions)
+        for i, block in enumerate(self.transformer.h, start=1):
+            block.attn.c_proj.weight.div_(i)
+            block.mlp.c_proj.weight.div_(i)
 
-    def new_cache(self):
-        """An empty cache: what `forward` will keep of the tokens it has seen (keys and values), one dict a layer."""
-        return [{} for _ in self.transformer.h]
+    def hidden_states(self, idx, caches=None):
+        """idx (B, T) -> the last block's output, normed (B, T, C), and a cache a block.
 
-    def forward(self, idx, targets=None, cache=None, all_logits=False):
-        """idx (B, T) int64 token ids; targets (B, T), the token to predict at each position, -1 where none is.
-
-        -> logits (B, T, vocab_size) and the mean cross-entropy in nats; without targets the loss is None and the logits
-        are those of the last position, (B, 1, vocab_size), unless all_logits is set. With a cache, idx continues the
-        tokens that the cache has seen. Raises ValueError if the sequence is longer than block_size.
+        Given the caches, idx continues the tokens that led to them. Raises ValueError if the
+        sequence is longer than block_size.
         """
-        seen = cache[0]["k"].size(2) if cache and cache[0] else 0
-        T = idx.size(1)
-        if seen + T > self.config.block_size:
-            raise ValueError(f"a sequence of {seen + T} tokens is longer than block_size = {self.config.block_size}")
-        position = torch.arange(seen, seen + T, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(position)              # (B, T, C)
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, cache[i] if cache is not None else None)
-        x = self.transformer.ln_f(x)
-        if targets is None:
-            return self.lm_head(x if all_logits else x[:, -1:]), None
+        seen = 0
+        if caches is None:
+            caches = [None] * len(self.transformer.h)
+        else:
+            seen = caches[0][0].size(2)
+        length = seen + idx.size(1)
+        if length > self.config.block_size:
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than block_size {self.config.block_size}"
+            )
+        positions = torch.arange(seen, length, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)     # (B, T, C)
+        new_caches = []
+        for block, cache in zip(self.transformer.h, caches):
+            x, cache = block(x, cache)
+            new_caches.append(cache)
+        return self.transformer.ln_f(x), new_caches
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) int64 token ids -> logits (B, T, vocab_size), and the loss.
+
+        targets (B, T) has the token to predict at each position, or -1 where there is none. The
+        loss is the mean cross-entropy in nats; without targets it is None.
+        """
+        x, _ = self.hidden_states(idx)
         logits = self.lm_head(x)
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits, loss
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, cache=None):
-        """Continues idx (B, T), and what the cache has seen before it, greedily -> (B, T + max_new_tokens)."""
-        cache, tokens = self.new_cache() if cache is None else cache, [idx]
+    def generate(self, idx, max_new_tokens):
+        """Continues idx (B, T) greedily -> (B, T + max_new_tokens). Each token costs one step."""
+        tokens = [idx]
+        caches = None
         for _ in range(max_new_tokens):
-            logits, _ = self(tokens[-1], cache=cache)
-            tokens.append(logits[:, -1].argmax(dim=-1, keepdim=True))
+            x, caches = self.hidden_states(tokens[-1], caches)
+            logits = self.lm_head(x[:, -1:])
+            tokens.append(logits.argmax(dim=2))
         return torch.cat(tokens, dim=1)
 
 
 def sinusoids(length, width):
-    """(length, width): sines and cosines of the position (Vaswani et al. 2017, section 3.5).
+    """-> (length, width): sines and cosines of the position (Vaswani et al. 2017, section 3.5).
 
-    At wavelengths from 4 tokens to 4 times the length, the distances that matter in a table of this length.
+    The wavelengths go from 4 tokens to 4 times the length. Those are the distances that matter in
+    a table of this length.
     """
-    angle = torch.arange(length)[:, None] * math.pi / 2 * length ** (-torch.arange(0, width, 2) / width)
+    frequency = length ** (-torch.arange(0, width, 2) / width)
+    angle = torch.arange(length)[:, None] * math.pi / 2 * frequency  # (length, width / 2)
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, :width]

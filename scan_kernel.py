@@ -1,36 +1,37 @@
-"""The selective scan of Mamba (Gu & Dao 2023, arXiv 2312.00752, Algorithm 2), written three times under one signature.
+"""The selective scan of Mamba (Gu & Dao 2023, arXiv 2312.00752, Algorithm 2) and its gradient.
 
-For every sequence b and channel d, with a state h of N numbers (A, B_t, C_t, a_t too have N, and B_t and C_t are the same
-for all channels; u_t, dt_t, x_t, y_t are one number each; products are elementwise, <,> sums over the N):
+It is written three times: as a plain loop, as Triton kernels for a GPU, and in PyTorch for a CPU.
+The order here is that of a lesson: equations, loop, forward kernel, backward kernel, CPU, choice.
 
-    a_t = exp(dt_t A)                       how much of the state is kept          (the paper's A-bar)
-    h_t = a_t h_{t-1} + B_t x_t             the recurrence, with x_t = dt_t u_t    (equation 2a; dt B: B-bar, for small dt)
+The equations, for one sequence and one channel. The state h has N numbers. A, B_t, C_t and a_t have
+N numbers too; B_t and C_t are shared by all channels. u_t, dt_t, x_t and y_t are one number each.
+Products are elementwise, and <,> is the sum over the N numbers.
+
+    dt_t = softplus(delta_t + delta_bias)   how long the token acts                (Delta)
+    a_t = exp(dt_t A)                       how much of the state is kept          (A-bar)
+    h_t = a_t h_{t-1} + B_t x_t             the recurrence, with x_t = dt_t u_t    (equation 2a)
     y_t = <C_t, h_t> + D u_t                what is read from the state            (equation 2b)
     out_t = y_t silu(z_t)                   the gate
 
-u      (batch, dim, seqlen)      the input; x in the paper           A  (dim, dstate)         real; N is dstate
-delta  (batch, dim, seqlen)      Delta; dt_t is Delta_t after        D  (dim,)                the skip connection
-                                 delta_bias (dim,) and softplus      z  (batch, dim, seqlen)  the gating branch
-B, C   (batch, dstate, seqlen)   how a token writes to the state and reads from it: "selective", as they vary with t
+The scan starts from h_0 = initial_state, or from zeros.
 
-`selective_scan_ref` reads like the equations, `selective_scan_cpu` is PyTorch in cache-sized pieces, `selective_scan_triton`
-GPU kernels; both are made by `make_scan`, of a forward and a backward pass by hand. `selective_scan` picks one, and `python
-scan_kernel.py` times them. All walk through time step by step, for many sequences and channels at once.
-
-The backward pass. Write dX for the gradient of the loss with respect to X, and g_t for dh_t. The gate gives
-dy_t = dout_t silu(z_t) and dz_t = dout_t y_t silu'(z_t). h_t is used twice, by y_t and by h_{t+1}:
+The gradient. Write dX for the gradient of the loss with respect to X, and g_t for dh_t. The gate
+gives dy_t = dout_t silu(z_t) and dz_t = dout_t y_t silu'(z_t). Both y_t and h_{t+1} use h_t, so:
 
     g_t = C_t dy_t + a_{t+1} g_{t+1}        the recurrence again, run from right to left
     dC_t = sum_channels h_t dy_t            dB_t = sum_channels g_t x_t
     dx_t = <B_t, g_t>                       du_t = dt_t dx_t + D dy_t
     w_t = a_t g_t h_{t-1}                   the gradient of the exponent dt_t A
-    dA = sum_{b,t} dt_t w_t                 ddt_t = <A, w_t> + u_t dx_t, times sigmoid (softplus' slope) for ddelta_t
-    dD = sum_{b,t} u_t dy_t                 ddelta_bias = sum_{b,t} ddelta_t
+    dA = sum_{b,t} dt_t w_t                 ddt_t = <A, w_t> + u_t dx_t
+    dD = sum_{b,t} u_t dy_t                 ddelta_t = ddt_t sigmoid(delta_t + delta_bias)
+    dh_0 = a_1 g_1                          ddelta_bias = sum_{b,t} ddelta_t
 
-It needs every h_t, which is N times the memory of u. So the forward pass keeps the states at the start of chunks of time
-only, and the backward pass walks the chunks from right to left and computes their states anew.
+At the last step, the gradient of the last state stands in for a_{t+1} g_{t+1}.
+
+The gradient needs every h_t. All of them would take N times the memory of u. So the forward pass
+saves only the state at the start of each chunk of time. The backward pass takes the chunks from
+right to left and computes the states within a chunk again.
 """
-import math
 import os
 
 import torch
@@ -40,360 +41,634 @@ from torch.utils.benchmark import Timer
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no Triton on macOS and Windows: selective_scan_cpu serves there
+except ImportError:  # macOS and Windows have no Triton; the CPU path runs there
     triton = None
 
 
-def check_arguments(u, delta, A, B, C, D, z, delta_bias):
-    """Raises ValueError where an argument has a form that is not supported."""
-    if u.dim() != 3 or 0 in u.shape[1:] or A.dim() != 2 or 0 in A.shape or A.is_complex():
-        raise ValueError(f"u must be (batch, dim, seqlen), A real and (dim, dstate), none of them 0 but batch: got "
-                         f"{tuple(u.shape)} and {A.dtype} {tuple(A.shape)}; complex A is not supported")
-    (b, d, l), n = u.shape, A.shape[1]
-    for name, x, shape in (("delta", delta, (b, d, l)), ("A", A, (d, n)), ("B", B, (b, n, l)), ("C", C, (b, n, l)),
-                           ("D", D, (d,)), ("z", z, (b, d, l)), ("delta_bias", delta_bias, (d,))):
-        if x is not None and (tuple(x.shape) != shape or x.device != u.device or not x.is_floating_point()):
-            raise ValueError(f"{name} must be a real tensor {shape} on {u.device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
-                             + "; constant and grouped B and C are not supported" * (name in "BC"))
+def check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state):
+    """Raises ValueError for an argument of a form that the scan does not support."""
+    if u.dim() != 3 or A.dim() != 2 or 0 in u.shape[1:] or 0 in A.shape:
+        raise ValueError(
+            f"u must be (batch, dim, seqlen) and A (dim, dstate), got {tuple(u.shape)} and "
+            f"{tuple(A.shape)}"
+        )
+    batch, dim, seqlen = u.shape
+    dstate = A.shape[1]
+    expected = {
+        "u": (u, (batch, dim, seqlen)),
+        "delta": (delta, (batch, dim, seqlen)),
+        "A": (A, (dim, dstate)),
+        "B": (B, (batch, dstate, seqlen)),
+        "C": (C, (batch, dstate, seqlen)),
+        "D": (D, (dim,)),
+        "z": (z, (batch, dim, seqlen)),
+        "delta_bias": (delta_bias, (dim,)),
+        "initial_state": (initial_state, (batch, dim, dstate)),
+    }
+    for name, (x, shape) in expected.items():
+        if x is None:
+            continue
+        if tuple(x.shape) != shape or x.device != u.device or not x.is_floating_point():
+            raise ValueError(
+                f"{name} must be a real tensor {shape} on {u.device}, got {x.dtype} "
+                f"{tuple(x.shape)} on {x.device}. Complex A, and B and C that are constant or in "
+                "groups, are not supported"
+            )
 
 
-def selective_scan_ref(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
-    """The equations above, one time step after the other. Arguments and results as in `selective_scan`."""
-    check_arguments(u, delta, A, B, C, D, z, delta_bias)
-    f = torch.promote_types(u.dtype, torch.float32)
-    u_, dt, A, B, C = u.to(f), delta.to(f), A.to(f), B.to(f), C.to(f)
-    dt = dt if delta_bias is None else dt + delta_bias.to(f)[:, None]
-    dt = F.softplus(dt) if delta_softplus else dt
-    a = torch.exp(torch.einsum("bdl,dn->bdln", dt, A))
-    Bx = torch.einsum("bdl,bnl->bdln", dt * u_, B)
-    h, y = u_.new_zeros(u.shape[0], *A.shape), []                    # h (batch, dim, dstate)
-    for a_t, Bx_t, C_t in zip(a.unbind(2), Bx.unbind(2), C.unbind(2)):
-        h = a_t * h + Bx_t
-        y.append(torch.einsum("bdn,bn->bd", h, C_t))
-    y = torch.stack(y, dim=2)
-    y = y if D is None else y + D.to(f)[:, None] * u_
-    y = y if z is None else y * F.silu(z.to(f))
-    return (y.to(u.dtype), h.detach()) if return_last_state else y.to(u.dtype)
+def state_dtype(u):
+    """The dtype in which states are kept: float32, or float64 for float64 inputs."""
+    return torch.promote_types(u.dtype, torch.float32)
 
 
-TIME = 32        # time steps between two states that selective_scan_cpu saves
-PIECE = 1 << 19  # elements of each of its temporaries per thread: few for the sake of the cache, but enough to keep calls rare
+# The plain loop.
 
 
-class Pieces:
-    """The scan's inputs with channels last, (batch, time, dim) and (batch, time, dstate); and the pieces of batch and time
-    in which they are worked through. A is (dstate, dim), so every product runs along dim, contiguous in memory."""
-    def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
-        batch, _, seqlen = u.shape
-        self.dtype = torch.promote_types(u.dtype, torch.float32)
-        self.A, self.D = A.to(self.dtype).t().contiguous(), u.new_zeros((), dtype=self.dtype) if D is None else D.to(self.dtype)
-        self.u, self.raw, self.B, self.C, self.z = (None if x is None else x.to(self.dtype).mT.contiguous()
-                                                    for x in (u, delta, B, C, z))
-        self.raw = self.raw if delta_bias is None else self.raw + delta_bias.to(self.dtype)
-        self.dt = F.softplus(self.raw) if delta_softplus else self.raw
-        self.x = self.dt * self.u
-        rows = max(1, min(batch, PIECE * torch.get_num_threads() // (min(seqlen, TIME) * A.numel())))
-        self.memory = self.A.new_empty(3, rows * min(seqlen, TIME) * A.numel())
-        self.all = [(k, slice(b, b + rows), slice(t, t + TIME)) for b in range(0, batch, rows)
-                    for k, t in enumerate(range(0, seqlen, TIME))]
-
-    def states(self, b, t, h0):
-        """-> a_t, h_t of the piece [b, t] that starts from h0; room for g_t. Views (batch, time, dstate, dim) of `memory`."""
-        shape = *self.dt[b, t].shape[:2], *self.A.shape
-        a, h, g = (x[:math.prod(shape)].view(shape) for x in self.memory)
-        torch.mul(self.dt[b, t, None, :], self.A, out=a).exp_()
-        torch.mul(self.x[b, t, None, :], self.B[b, t, :, None], out=h)
-        for a_t, h_t in zip(a.unbind(1), h.unbind(1)):               # h_t holds B_t x_t until here
-            h0 = h_t.addcmul_(a_t, h0)
-        return a, h, g
-
-
-def like(x, y):
-    """y (batch, time, dim) in the layout and dtype of x (batch, dim, time)"""
-    return torch.empty_like(x).copy_(y.mT)
-
-
-def cpu_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
-    """-> out like u; the last state (batch, dim, dstate); if `save`, the states before each chunk, as in `states_shape`."""
-    p = Pieces(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    y, states = torch.empty_like(p.u), p.A.new_empty(states_shape(TIME, u, A, save))
-    last = p.A.new_zeros(u.shape[0], *p.A.shape)
-    for k, b, t in p.all:
-        if save:
-            states[k, b] = last[b]
-        _, h, _ = p.states(b, t, last[b])
-        last[b] = h[:, -1]
-        y[b, t] = torch.einsum("btn,btnd->btd", p.C[b, t], h)
-    y.addcmul_(p.D, p.u)
-    if z is not None:
-        y *= F.silu(p.z)
-    return like(u, y), last.mT.contiguous(), states
-
-
-def cpu_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus):
-    """-> the gradients of u, delta, A, B, C, D, z, delta_bias, for arguments that are None too."""
-    p = Pieces(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    dy = dout = dout.to(p.dtype).mT.contiguous()
-    if z is not None:
-        y, dy = torch.empty_like(dout), dout * F.silu(p.z)
-    (ddt, dx, dB, dC), dA = map(torch.empty_like, (dy, dy, p.B, p.C)), torch.zeros_like(p.A)
-    carry = p.A.new_zeros(u.shape[0], *p.A.shape)                    # a_{t+1} g_{t+1} of the chunk to the right
-    for k, b, t in reversed(p.all):
-        a, h, g = p.states(b, t, states[k, b])
-        if z is not None:                                            # out = y silu(z), so y is needed once more
-            y[b, t] = torch.einsum("btn,btnd->btd", p.C[b, t], h)
-        dC[b, t] = torch.einsum("btd,btnd->btn", dy[b, t], h)       # in this order 2.5 times faster than as h, dy
-        torch.mul(dy[b, t, None, :], p.C[b, t, :, None], out=g)
-        a_, g_ = a.unbind(1), g.unbind(1)
-        g_[-1].add_(carry[b])
-        for i in range(len(g_) - 2, -1, -1):
-            g_[i].addcmul_(a_[i + 1], g_[i + 1])
-        dB[b, t] = torch.einsum("btd,btnd->btn", p.x[b, t], g)
-        dx[b, t] = torch.einsum("btn,btnd->btd", p.B[b, t], g)
-        w = a.mul_(g)                                                # a_t g_t
-        carry[b] = w[:, 0]
-        w[:, 1:].mul_(h[:, :-1])                                     # and now w_t = a_t g_t h_{t-1}
-        w[:, 0].mul_(states[k, b])
-        ddt[b, t] = torch.mul(w, p.A, out=g).sum(2)
-        dA += torch.mul(w, p.dt[b, t, None, :], out=g).sum((0, 1))
-    dz = u.new_empty(0) if z is None else like(z, torch.ops.aten.silu_backward(y.addcmul_(p.D, p.u).mul_(dout), p.z))
-    ddt.addcmul_(p.u, dx)
+def selective_scan_ref(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None,
+    delta_softplus=False, return_last_state=False, initial_state=None,
+):
+    """The equations, one time step after the other. For arguments see `selective_scan`."""
+    check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    dtype = state_dtype(u)
+    u_, dt, A, B, C = u.to(dtype), delta.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dtype)[:, None]
     if delta_softplus:
-        ddt = torch.ops.aten.softplus_backward(ddt, p.raw, 1, 20)
-    dA, dB, dC = (x.mT.contiguous() for x in (dA, dB, dC))
-    return like(u, dx.mul_(p.dt).addcmul_(p.D, dy)), like(delta, ddt), dA, dB, dC, (dy * p.u).sum((0, 1)), dz, ddt.sum((0, 1))
+        dt = F.softplus(dt)
+    x = dt * u_
+    if initial_state is None:
+        h = u_.new_zeros(u.shape[0], *A.shape)                  # (batch, dim, dstate)
+    else:
+        h = initial_state.to(dtype)
+    ys = []
+    for dt_t, x_t, B_t, C_t in zip(dt.unbind(2), x.unbind(2), B.unbind(2), C.unbind(2)):
+        a_t = torch.exp(dt_t[:, :, None] * A)
+        h = a_t * h + x_t[:, :, None] * B_t[:, None, :]
+        ys.append((h @ C_t[:, :, None]).squeeze(2))
+    y = torch.stack(ys, dim=2)                                  # (batch, dim, seqlen)
+    if D is not None:
+        y = y + D.to(dtype)[:, None] * u_
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    out = y.to(u.dtype)
+    return (out, h) if return_last_state else out
 
 
-CHUNK, BLOCK_D = 8, 32  # steps whose states the backward kernel holds in registers; channels of a program: a warp's threads
+# The Triton kernels.
+
+TRITON_CHUNK = 8  # time steps in a chunk: the backward kernel holds their states in registers
+BLOCK_D = 32      # channels of a program: one for each thread of a warp
 
 if triton is not None:
-    # One program works through one sequence for BLOCK_D channels, with their states in a tile (BLOCK_N, BLOCK_D). What is
-    # (batch, dim, seqlen) comes as (pointer, its strides), so views need no copy; A, B, C come with their last dimensions
-    # swapped. Offsets are 64-bit. `dim` is not specialized: did the compiler know it to be a multiple of 16, it would
-    # spread the states of a channel over several threads, and every sum over states would need shuffles between them.
-    LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+    LOG2_E = tl.constexpr(1.4426950408889634)
+    LN_2 = tl.constexpr(0.6931471805599453)
 
-    @triton.jit
-    def at(x, b, c, t):
-        """Pointers to the elements (b, c, t) of x."""
-        return x[0] + b * x[1] + c * x[2] + tl.cast(t, tl.int64) * x[3]
+    # Each program works on one sequence and BLOCK_D of its channels. A state is a tile
+    # (BLOCK_N, BLOCK_D). All tensors are contiguous, with channels last: u, delta, z, out are
+    # (batch, seqlen, dim), B and C (batch, seqlen, dstate), A (dstate, dim), D and delta_bias
+    # (dim), a state (batch, dstate, dim), and chunk_states (batch, chunks, dstate, dim).
+    # z and the states may be None. Offsets have 64 bits.
+    #
+    # The kernels do not specialize `dim`. If the compiler knew that dim is a multiple of 16, it
+    # would spread the states of one channel over several threads. Each sum over n would then need
+    # shuffles between threads.
 
     @triton.jit
     def softplus(x):
-        """log(1 + exp(x)), without overflow; log(s) e / (s - 1) makes up for what is rounded off in s."""
+        """log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|), which cannot overflow.
+
+        For small e, 1 + e is rounded. log(s) e / (s - 1) has no such error (Kahan's log1p).
+        """
         e = tl.exp(-tl.abs(x))
         s = 1.0 + e
-        return tl.maximum(x, 0.0) + tl.where(s == 1.0, e, tl.log(s) * (e / tl.where(s == 1.0, 1.0, s - 1.0)))
-
-    @triton.jit
-    def prepare(A, D, bias, dim, dstate, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-        """What a program works on. A comes times log2(e): the chip has 2^x, and makes e^x from it by one more product."""
-        blocks = tl.cdiv(dim, BLOCK_D)
-        block, b = (tl.program_id(0) % blocks).to(tl.int64), (tl.program_id(0) // blocks).to(tl.int64)
-        d, n = block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N).to(tl.int64)
-        in_d, in_n = d < dim, n < dstate
-        nd, tile = n[:, None] * dim + d[None, :], in_n[:, None] & in_d[None, :]
-        A_ = tl.load(A + nd, tile, 0.0) * LOG2_E
-        D_ = tl.load(D + d, in_d, 0.0) if D is not None else tl.zeros((BLOCK_D,), A_.dtype)
-        bias_ = tl.load(bias + d, in_d, 0.0) if bias is not None else tl.zeros((BLOCK_D,), A_.dtype)
-        return block, b, d, n, nd, in_d, in_n, tile, A_, D_, bias_
-
-    @triton.jit
-    def discretize(u, delta, B, A, bias, b, d, n, t, seqlen, dstate, in_d, in_n, SOFTPLUS: tl.constexpr):
-        """-> u_t, dt_t before and after the softplus (BLOCK_D); B_t (BLOCK_N); a_t (BLOCK_N, BLOCK_D)."""
-        u_t = tl.load(at(u, b, d, t), in_d, 0.0).to(A.dtype)
-        raw = tl.load(at(delta, b, d, t), in_d, 0.0).to(A.dtype) + bias
-        dt = tl.where(in_d, softplus(raw) if SOFTPLUS else raw, 0.0)  # beyond the end, leave the state as it is
-        return u_t, raw, dt, tl.load(B + (b * seqlen + t) * dstate + n, in_n, 0.0), tl.exp2(dt[None, :] * A)
+        log1p = tl.where(s == 1.0, e, tl.log(s) * (e / tl.where(s == 1.0, 1.0, s - 1.0)))
+        return tl.maximum(x, 0.0) + log1p
 
     @triton.jit(do_not_specialize=["dim"])
-    def forward_kernel(u, delta, z, out, A, B, C, D, bias, last, states, batch, dim, seqlen, dstate, SAVE: tl.constexpr,
-                       SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-        block, b, d, n, nd, in_d, in_n, tile, A_, D_, bias_ = prepare(A, D, bias, dim, dstate, BLOCK_N, BLOCK_D)
-        h = tl.zeros((BLOCK_N, BLOCK_D), A_.dtype)
+    def forward_kernel(
+        u, delta, A, B, C, D, z, delta_bias, initial_state,
+        out, last_state, chunk_states,
+        dim, seqlen, dstate,
+        SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):
+        b = tl.program_id(0).to(tl.int64)
+        d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+        n = tl.arange(0, BLOCK_N).to(tl.int64)
+        in_d = d < dim
+        in_n = n < dstate
+        in_nd = in_n[:, None] & in_d[None, :]
+        nd = n[:, None] * dim + d[None, :]
+
+        # exp(dt A) = 2^(dt A log2(e)): the GPU computes powers of 2, so A is scaled once.
+        A_log2 = tl.load(A + nd, in_nd, 0.0) * LOG2_E
+        dtype: tl.constexpr = A_log2.dtype
+        D_d = tl.load(D + d, in_d, 0.0)
+        bias = tl.load(delta_bias + d, in_d, 0.0)
+        h = tl.zeros((BLOCK_N, BLOCK_D), dtype)
+        if initial_state is not None:
+            h = tl.load(initial_state + b * dstate * dim + nd, in_nd, 0.0)
+
         for t in range(seqlen):
-            if SAVE and t % CHUNK == 0:                              # states (chunks, batch, dstate, dim)
-                tl.store(states + (t // CHUNK * batch + b) * dstate * dim + nd, h, tile)
-            u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, seqlen, dstate, in_d, in_n, SOFTPLUS)
+            if chunk_states is not None:
+                if t % CHUNK == 0:
+                    chunk = b * tl.cdiv(seqlen, CHUNK) + t // CHUNK
+                    tl.store(chunk_states + chunk * dstate * dim + nd, h, in_nd)
+            bt = b * seqlen + t
+            u_t = tl.load(u + bt * dim + d, in_d, 0.0).to(dtype)
+            dt = tl.load(delta + bt * dim + d, in_d, 0.0).to(dtype) + bias
+            if SOFTPLUS:
+                dt = softplus(dt)
+            B_t = tl.load(B + bt * dstate + n, in_n, 0.0)
+            C_t = tl.load(C + bt * dstate + n, in_n, 0.0)
+            a = tl.exp2(dt[None, :] * A_log2)
             h = a * h + B_t[:, None] * (dt * u_t)[None, :]
-            y = tl.sum(tl.load(C + (b * seqlen + t) * dstate + n, in_n, 0.0)[:, None] * h, 0) + D_ * u_t
+            y = tl.sum(C_t[:, None] * h, 0) + D_d * u_t
             if z is not None:
-                z_t = tl.load(at(z, b, d, t), in_d, 0.0).to(A_.dtype)
+                z_t = tl.load(z + bt * dim + d, in_d, 0.0).to(dtype)
                 y *= z_t * tl.sigmoid(z_t)
-            tl.store(at(out, b, d, t), y.to(out[0].dtype.element_ty), in_d)
-        tl.store(last + b * dstate * dim + nd, h, tile)
+            tl.store(out + bt * dim + d, y, in_d)
+        tl.store(last_state + b * dstate * dim + nd, h, in_nd)
+
+    @triton.jit
+    def discretize(u, delta, B, A_log2, bias, td, tn, in_td, in_tn, SOFTPLUS: tl.constexpr):
+        """-> u_t, delta_t + delta_bias, dt_t (BLOCK_D); B_t (BLOCK_N); a_t (BLOCK_N, BLOCK_D)
+
+        td and tn are the offsets of step t. Behind the end, dt_t = 0 leaves the state as it is.
+        """
+        u_t = tl.load(u + td, in_td, 0.0).to(A_log2.dtype)
+        raw = tl.load(delta + td, in_td, 0.0).to(A_log2.dtype) + bias
+        dt = raw
+        if SOFTPLUS:
+            dt = softplus(raw)
+        dt = tl.where(in_td, dt, 0.0)
+        B_t = tl.load(B + tn, in_tn, 0.0)
+        a = tl.exp2(dt[None, :] * A_log2)
+        return u_t, raw, dt, B_t, a
+
+    # A program of the backward kernel writes its own part of each sum over sequences or channels:
+    # dA is (batch, dstate, dim), dD and ddelta_bias (batch, dim), dB and dC (batch, blocks,
+    # seqlen, dstate). `triton_backward` adds the parts.
 
     @triton.jit(do_not_specialize=["dim"])
-    def backward_kernel(dout, u, delta, z, du, ddelta, dz, A, B, C, D, bias, states, dA, dB, dC, dD, dbias, batch, dim, seqlen,
-                        dstate, SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-        block, b, d, n, nd, in_d, in_n, tile, A_, D_, bias_ = prepare(A, D, bias, dim, dstate, BLOCK_N, BLOCK_D)
-        dD_sum, dbias_sum = tl.zeros((BLOCK_D,), A_.dtype), tl.zeros((BLOCK_D,), A_.dtype)
-        dA_sum, right = tl.zeros((BLOCK_N, BLOCK_D), A_.dtype), tl.zeros((BLOCK_N, BLOCK_D), A_.dtype)  # right: a_{t+1} g_{t+1}
-        for j in range(tl.cdiv(seqlen, CHUNK)):
-            k = tl.cdiv(seqlen, CHUNK) - 1 - j                       # the chunk: steps k CHUNK, k CHUNK + 1, ...
-            h = tl.load(states + (k * batch + b) * dstate * dim + nd, tile, 0.0)
-            hs = (h,)                                                # hs[i] is the state before step i of the chunk
+    def backward_kernel(
+        u, delta, A, B, C, D, z, delta_bias, chunk_states, dout, dlast_state,
+        du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state,
+        dim, seqlen, dstate,
+        SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):
+        b = tl.program_id(0).to(tl.int64)
+        block = b * tl.num_programs(1) + tl.program_id(1)
+        d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+        n = tl.arange(0, BLOCK_N).to(tl.int64)
+        in_d = d < dim
+        in_n = n < dstate
+        in_nd = in_n[:, None] & in_d[None, :]
+        nd = n[:, None] * dim + d[None, :]
+
+        A_log2 = tl.load(A + nd, in_nd, 0.0) * LOG2_E
+        dtype: tl.constexpr = A_log2.dtype
+        D_d = tl.load(D + d, in_d, 0.0)
+        bias = tl.load(delta_bias + d, in_d, 0.0)
+        ag = tl.zeros((BLOCK_N, BLOCK_D), dtype)                # a_{t+1} g_{t+1}
+        if dlast_state is not None:
+            ag = tl.load(dlast_state + b * dstate * dim + nd, in_nd, 0.0)
+        dA_sum = tl.zeros((BLOCK_N, BLOCK_D), dtype)
+        dD_sum = tl.zeros((BLOCK_D,), dtype)
+        dbias_sum = tl.zeros((BLOCK_D,), dtype)
+
+        chunks = tl.cdiv(seqlen, CHUNK)
+        for j in range(chunks):
+            k = chunks - 1 - j
+            td = (b * seqlen + k * CHUNK) * dim + d             # the offsets of step t
+            tn = (b * seqlen + k * CHUNK) * dstate + n
+            part = (block * seqlen + (k + 1) * CHUNK) * dstate + n
+            h = tl.load(chunk_states + (b * chunks + k) * dstate * dim + nd, in_nd, 0.0)
+            hs = (h,)                                           # hs[i] is the state before step i
             for i in tl.static_range(CHUNK):
-                t = k * CHUNK + i
-                u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, seqlen, dstate, in_d & (t < seqlen),
-                                                  in_n & (t < seqlen), SOFTPLUS)
+                in_td = in_d & (k * CHUNK + i < seqlen)
+                in_tn = in_n & (k * CHUNK + i < seqlen)
+                u_t, raw, dt, B_t, a = discretize(
+                    u, delta, B, A_log2, bias, td, tn, in_td, in_tn, SOFTPLUS)
                 h = a * h + B_t[:, None] * (dt * u_t)[None, :]
                 hs += (h,)
+                td += dim
+                tn += dstate
+
             for i in tl.static_range(CHUNK - 1, -1, -1):
-                t = k * CHUNK + i
-                in_dt, in_nt = in_d & (t < seqlen), in_n & (t < seqlen)
-                u_t, raw, dt, B_t, a = discretize(u, delta, B, A_, bias_, b, d, n, t, seqlen, dstate, in_dt, in_nt, SOFTPLUS)
-                C_t = tl.load(C + (b * seqlen + t) * dstate + n, in_nt, 0.0)
-                dy = tl.load(at(dout, b, d, t), in_dt, 0.0).to(A_.dtype)    # beyond the end 0, and so is g
-                if z is not None:                                    # out = y silu(z), so y is needed once more
-                    z_t = tl.load(at(z, b, d, t), in_dt, 0.0).to(A_.dtype)
+                in_td = in_d & (k * CHUNK + i < seqlen)
+                in_tn = in_n & (k * CHUNK + i < seqlen)
+                td -= dim
+                tn -= dstate
+                part -= dstate
+                u_t, raw, dt, B_t, a = discretize(
+                    u, delta, B, A_log2, bias, td, tn, in_td, in_tn, SOFTPLUS)
+                C_t = tl.load(C + tn, in_tn, 0.0)
+                dy = tl.load(dout + td, in_td, 0.0).to(dtype)
+                if z is not None:
+                    z_t = tl.load(z + td, in_td, 0.0).to(dtype)
                     s = tl.sigmoid(z_t)
-                    dz_t = dy * (tl.sum(C_t[:, None] * hs[i + 1], 0) + D_ * u_t) * s * (1.0 + z_t * (1.0 - s))
-                    tl.store(at(dz, b, d, t), dz_t.to(dz[0].dtype.element_ty), in_dt)
+                    y = tl.sum(C_t[:, None] * hs[i + 1], 0) + D_d * u_t
+                    dz_t = dy * y * s * (1.0 + z_t * (1.0 - s))
+                    tl.store(dz + td, dz_t, in_td)
                     dy *= z_t * s
-                g = C_t[:, None] * dy[None, :] + right
-                right = a * g
-                w = right * hs[i]
+
+                g = C_t[:, None] * dy[None, :] + ag
+                ag = a * g
+                w = ag * hs[i]
                 dx = tl.sum(B_t[:, None] * g, 0)
-                ddt = tl.sum(A_ * w, 0) * LN_2 + u_t * dx            # LN_2, as A_ is A log2(e)
+                tl.store(du + td, dt * dx + D_d * dy, in_td)
+                ddt = tl.sum(A_log2 * w, 0) * LN_2 + u_t * dx
                 if SOFTPLUS:
                     ddt *= tl.sigmoid(raw)
-                tl.store(at(du, b, d, t), (dt * dx + D_ * dy).to(du[0].dtype.element_ty), in_dt)
-                tl.store(at(ddelta, b, d, t), ddt.to(ddelta[0].dtype.element_ty), in_dt)
+                if dlast_state is not None:
+                    ddt = tl.where(in_td, ddt, 0.0)             # behind the end, w is not 0 then
+                tl.store(ddelta + td, ddt, in_td)
                 dA_sum += dt[None, :] * w
                 dD_sum += dy * u_t
                 dbias_sum += ddt
-                # a sum over channels or batch is made later, of the parts that the blocks and sequences leave here
-                part = ((block * batch + b) * seqlen + t) * dstate + n
-                tl.store(dB + part, tl.sum(g * (dt * u_t)[None, :], 1), in_nt)
-                tl.store(dC + part, tl.sum(hs[i + 1] * dy[None, :], 1), in_nt)
-        tl.store(dA + b * dstate * dim + nd, dA_sum, tile)
+                tl.store(dB + part, tl.sum(g * (dt * u_t)[None, :], 1), in_tn)
+                tl.store(dC + part, tl.sum(hs[i + 1] * dy[None, :], 1), in_tn)
+
+        tl.store(dA + b * dstate * dim + nd, dA_sum, in_nd)
         tl.store(dD + b * dim + d, dD_sum, in_d)
-        tl.store(dbias + b * dim + d, dbias_sum, in_d)
+        tl.store(ddelta_bias + b * dim + d, dbias_sum, in_d)
+        if dinitial_state is not None:
+            tl.store(dinitial_state + b * dstate * dim + nd, ag, in_nd)
 
 
-def launch(kernel, u, A, strided, others, buffers, **options):
-    """Starts a program for each sequence and each block of channels."""
+def count_chunks(seqlen, chunk):
+    return -(-seqlen // chunk)
+
+
+def launch(kernel, tensors, u, A, delta_softplus):
+    """Starts one program for each sequence and each block of channels."""
     if triton is None or not (u.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise RuntimeError("selective_scan_triton needs triton and a GPU, or TRITON_INTERPRET=1 set before Python starts")
-    f = torch.promote_types(u.dtype, torch.float32)
-    with torch.cuda.device_of(u):                                    # where Triton starts kernels
-        kernel[(u.shape[0] * triton.cdiv(u.shape[1], BLOCK_D),)](
-            *(None if x is None else (x, *x.stride()) for x in strided),
-            *(None if x is None else (x.mT if x.dim() > 1 else x).to(f).contiguous() for x in others), *buffers, *u.shape,
-            A.shape[1], CHUNK=CHUNK, BLOCK_N=triton.next_power_of_2(A.shape[1]), BLOCK_D=BLOCK_D,
-            num_warps=BLOCK_D // 32, **options)
+        raise RuntimeError(
+            "selective_scan_triton needs Triton and a GPU, "
+            "or the environment variable TRITON_INTERPRET=1 before Python starts"
+        )
+    batch, seqlen, dim = u.shape
+    dstate = A.shape[0]
+    with torch.cuda.device_of(u):                               # Triton uses the current device
+        kernel[batch, triton.cdiv(dim, BLOCK_D)](
+            *tensors, dim, seqlen, dstate, SOFTPLUS=delta_softplus, CHUNK=TRITON_CHUNK,
+            BLOCK_N=triton.next_power_of_2(dstate), BLOCK_D=BLOCK_D, num_warps=1
+        )
 
 
-def triton_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
-    """As `cpu_forward`. Raises RuntimeError where Triton cannot run."""
-    f, strided = torch.promote_types(u.dtype, torch.float32), (u, delta, z, out := torch.empty_like(u))
-    last = u.new_empty(u.shape[0], A.shape[1], A.shape[0], dtype=f)
-    states = u.new_empty(states_shape(CHUNK, u, A, save), dtype=f)
-    launch(forward_kernel, u, A, strided, (A, B, C, D, delta_bias), (last, states), SAVE=save, SOFTPLUS=delta_softplus)
-    return out, last.mT.contiguous(), states
+def triton_forward(inputs, delta_softplus, save_states):
+    """-> out, the last state, and the state at the start of each chunk or None.
 
-
-def triton_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus):
-    """As `cpu_backward`."""
-    (batch, dim, seqlen), dstate, f = u.shape, A.shape[1], states.dtype
-    du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
-    dA, (dD, dbias) = u.new_empty(batch, dstate, dim, dtype=f), u.new_empty(2, batch, dim, dtype=f)
-    dB, dC = u.new_empty(2, triton.cdiv(dim, BLOCK_D), batch, seqlen, dstate, dtype=f)
-    strided, buffers = (dout, u, delta, z, du, ddelta, dz), (states, dA, dB, dC, dD, dbias)
-    launch(backward_kernel, u, A, strided, (A, B, C, D, delta_bias), buffers, SOFTPLUS=delta_softplus)
-    dA, dB, dC = (x.sum(0).mT.contiguous() for x in (dA, dB, dC))
-    return du, ddelta, dA, dB, dC, dD.sum(0), u.new_empty(0) if z is None else dz, dbias.sum(0)
-
-
-def states_shape(chunk, u, A, save):
-    """(chunks of time, batch, dstate, dim): of the state before each chunk, which the backward pass starts from."""
-    return -(-u.shape[2] // chunk) if save else 0, u.shape[0], A.shape[1], u.shape[1]
-
-
-def make_scan(name, forward, backward, chunk):
-    """Makes a forward and a backward pass one differentiable function, which torch.compile takes as it is."""
-    schema = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
-    op = torch.library.custom_op(f"pathstar::{name}", forward, mutates_args=(), schema=
-                                 f"({schema} bool delta_softplus, bool save) -> ({', '.join(['Tensor'] * 3)})")
-    op_backward = torch.library.custom_op(f"pathstar::{name}_backward", backward, mutates_args=(), schema=
-                                          f"(Tensor dout, {schema} Tensor states, bool soft) -> ({', '.join(['Tensor'] * 8)})")
-
-    @op.register_fake                              # shapes and dtypes without the work, for torch.compile
-    def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save):
-        return torch.empty_like(u), *(u.new_empty(shape, dtype=torch.promote_types(u.dtype, torch.float32)) for shape in (
-            (u.shape[0], *A.shape), states_shape(chunk, u, A, save)))
-
-    @op_backward.register_fake
-    def _(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus):
-        dA, dB, dC, dD, dbias = map(states.new_empty, (A.shape, B.shape, C.shape, A.shape[:1], A.shape[:1]))
-        du, ddelta, dz = (u.new_empty(0) if x is None else torch.empty_like(x) for x in (u, delta, z))
-        return du, ddelta, dA, dB, dC, dD, dz, dbias
-
-    def save_inputs(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:8], output[2])
-        ctx.delta_softplus = inputs[8]
-
-    def differentiate(ctx, dout, dlast, dstates):
-        *inputs, states = ctx.saved_tensors
-        grads = op_backward(dout, *inputs, states, ctx.delta_softplus)
-        return *(None if x is None else grad for x, grad in zip(inputs, grads)), None, None
-
-    op.register_autograd(differentiate, setup_context=save_inputs)
-
-    def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
-        inputs = u, delta, A, B, C, D, z, delta_bias
-        check_arguments(*inputs)
-        out, last, _ = op(*inputs, delta_softplus, torch.is_grad_enabled())
-        return (out, last.detach()) if return_last_state else out
-    return scan
-
-
-selective_scan_cpu = make_scan("scan_cpu", cpu_forward, cpu_backward, TIME)
-selective_scan_triton = make_scan("scan_triton", triton_forward, triton_backward, CHUNK)
-
-
-def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
-    """A drop-in for `selective_scan_fn` of the mamba_ssm package: real A, B and C that vary with time, shapes as on top.
-
-    Any strides. D, z, delta_bias may be None. dt is delta + delta_bias, or the softplus of that. Returns out (batch, dim,
-    seqlen) in u's dtype; with return_last_state also h after the last step (batch, dim, dstate), through which no gradient
-    flows. States are float32, for float64 u float64. Raises ValueError for arguments of another form.
+    The inputs are u, delta, A, B, C, D, z, delta_bias, initial_state in the kernels' layout.
     """
-    small = u.shape[2:] == (1,) or math.prod(u.shape[::2]) * A.numel() < 1000   # the fast paths cost more than they save
-    scan = selective_scan_triton if u.is_cuda and triton is not None else selective_scan_ref if small else selective_scan_cpu
-    return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    u, _, A = inputs[:3]
+    batch, seqlen, _ = u.shape
+    out = torch.empty_like(u)
+    last_state = A.new_empty(batch, *A.shape)
+    chunk_states = None
+    if save_states:
+        chunk_states = A.new_empty(batch, count_chunks(seqlen, TRITON_CHUNK), *A.shape)
+    launch(forward_kernel, [*inputs, out, last_state, chunk_states], u, A, delta_softplus)
+    return out, last_state, chunk_states
 
 
-def benchmark(device, shapes, dtypes, rivals):
-    """Prints the median times of `selective_scan`, and as multiples those of rivals {name: function} for both passes."""
-    def milliseconds(f):
-        timer = Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
-        return triton.testing.do_bench(f, return_mode="median") if device == "cuda" else timer.blocked_autorange().median * 1e3
+def triton_backward(dout, dlast_state, inputs, chunk_states, delta_softplus):
+    """-> the gradients of the inputs, in the same order and layout; None for those that are None.
 
-    if device == "cuda":
-        memory, chip = torch.empty(1 << 30, device=device), triton.runtime.driver.active.utils.get_device_properties(0)
-        copied = 8 * memory.numel() / milliseconds(memory.clone)                             # bytes in a millisecond
-        exps = 16 * chip["multiprocessor_count"] * chip["sm_clock_rate"]                     # in a millisecond
-    for (b, l, d, n), dtype in [(shape, dtype) for shape in shapes for dtype in dtypes]:
-        sizes = (b, d, l), (b, d, l), (d, n), (b, n, l), (b, n, l), (d,), (b, d, l), (d,)
-        inputs = [torch.randn(s, device=device, dtype=dtype if len(s) == 3 else None).requires_grad_() for s in sizes]
-        inputs[2].data = -n * torch.rand_like(inputs[2])                                     # A
-        out = selective_scan(*inputs, delta_softplus=True)
-        times = (milliseconds(lambda: selective_scan(*inputs, delta_softplus=True)),
-                 milliseconds(lambda: torch.autograd.grad(out, inputs, out, retain_graph=True)))
-        line = f"{(b, l, d, n)!s:20} {str(dtype)[6:]:8} | forward {times[0]:.3f}, backward {times[1]:.3f}"
-        for moved, e, time in ((4, n + 3, times[0]), (7, 2 * n + 6, times[1])) if device == "cuda" else ():  # counts per u_t
-            line += f" | {out.nbytes * moved / copied / time:.0%} of copying, {out.numel() * e / exps / time:.0%} of exp"
-        for name, rival in rivals.items():
-            both = lambda: torch.autograd.grad((y := rival(*inputs, delta_softplus=True)), inputs, y, allow_unused=True)
-            line += f" | {name} {milliseconds(both) / sum(times):.1f}x"
-        print(line, flush=True)
+    The gradient of the last state may be None.
+    """
+    u, delta, A, B, _, _, z, _, initial_state = inputs
+    batch, seqlen, dim = u.shape
+    blocks = triton.cdiv(dim, BLOCK_D)
+    du = torch.empty_like(u)
+    ddelta = torch.empty_like(delta)
+    dA = A.new_empty(batch, *A.shape)
+    dB = B.new_empty(batch, blocks, seqlen, B.shape[2])
+    dC = torch.empty_like(dB)
+    dD = A.new_empty(batch, dim)
+    dz = None if z is None else torch.empty_like(z)
+    ddelta_bias = torch.empty_like(dD)
+    dinitial_state = None if initial_state is None else torch.empty_like(dA)
+    gradients = [du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state]
+    tensors = [*inputs[:8], chunk_states, dout, dlast_state, *gradients]
+    launch(backward_kernel, tensors, u, A, delta_softplus)
+    dA, dD, ddelta_bias = dA.sum(0), dD.sum(0), ddelta_bias.sum(0)
+    return du, ddelta, dA, dB.sum(1), dC.sum(1), dD, dz, ddelta_bias, dinitial_state
+
+
+# The CPU path, in the same layout: PyTorch on pieces of a few sequences by a few steps, which fit
+# into the cache.
+
+CPU_CHUNK = 32          # time steps in a chunk
+PIECE_SIZE = 1 << 19    # numbers, for each thread, in the states of a piece
+
+
+def new_pieces(copies, u, A):
+    """Memory for `copies` tensors with a state for each step: (copies, rows, steps, dstate, dim).
+
+    Pieces reuse it. New memory for each piece would cost a quarter more time.
+    """
+    batch, seqlen, _ = u.shape
+    steps = min(seqlen, CPU_CHUNK)
+    rows = PIECE_SIZE * torch.get_num_threads() // (steps * A.numel())
+    return A.new_empty(copies, max(1, min(rows, batch)), steps, *A.shape)
+
+
+def cut(batch, seqlen, rows):
+    """-> [(rows of the batch, chunk, its steps), ...], from left to right in time."""
+    pieces = []
+    for row in range(0, batch, rows):
+        for chunk in range(count_chunks(seqlen, CPU_CHUNK)):
+            steps = slice(chunk * CPU_CHUNK, min(seqlen, (chunk + 1) * CPU_CHUNK))
+            pieces.append((slice(row, min(batch, row + rows)), chunk, steps))
+    return pieces
+
+
+def scan_piece(h, dt, x, A, B, memory):
+    """The recurrence over a piece, from the state h -> a_t and h_t, (rows, steps, dstate, dim)."""
+    rows, steps, _ = dt.shape
+    a = memory[0, :rows, :steps]
+    states = memory[1, :rows, :steps]
+    torch.mul(dt[:, :, None, :], A, out=a).exp_()
+    torch.mul(x[:, :, None, :], B[:, :, :, None], out=states)   # B_t x_t; the loop makes it h_t
+    for a_t, h_t in zip(a.unbind(1), states.unbind(1)):
+        h = h_t.addcmul_(a_t, h)
+    return a, states
+
+
+def cpu_forward(inputs, delta_softplus, save_states):
+    """As `triton_forward`."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
+    batch, seqlen, _ = u.shape
+    out_dtype = u.dtype
+    u = u.to(A.dtype)
+    dt = delta + delta_bias
+    if delta_softplus:
+        dt = F.softplus(dt)
+    x = dt * u
+    y = torch.empty_like(u)
+    state = A.new_zeros(batch, *A.shape)
+    if initial_state is not None:
+        state.copy_(initial_state)
+    chunk_states = None
+    if save_states:
+        chunk_states = A.new_empty(batch, count_chunks(seqlen, CPU_CHUNK), *A.shape)
+
+    memory = new_pieces(2, u, A)
+    for rows, chunk, steps in cut(batch, seqlen, memory.shape[1]):
+        if save_states:
+            chunk_states[rows, chunk] = state[rows]
+        piece = rows, steps
+        _, h = scan_piece(state[rows], dt[piece], x[piece], A, B[piece], memory)
+        state[rows] = h[:, -1]
+        y[piece] = torch.einsum("btn,btnd->btd", C[piece], h)
+    y.addcmul_(D, u)
+    if z is not None:
+        y *= F.silu(z.to(A.dtype))
+    return y.to(out_dtype), state, chunk_states
+
+
+def cpu_backward(dout, dlast_state, inputs, chunk_states, delta_softplus):
+    """As `triton_backward`."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
+    batch, seqlen, _ = u.shape
+    u_dtype = u.dtype
+    u = u.to(A.dtype)
+    dout = dout.to(A.dtype)
+    raw = delta + delta_bias
+    dt = F.softplus(raw) if delta_softplus else raw
+    x = dt * u
+    y = torch.empty_like(u)
+    dy = dout if z is None else dout * F.silu(z.to(A.dtype))
+    dx, ddt, dB, dC = [torch.empty_like(like) for like in (x, dt, B, C)]
+    dA = torch.zeros_like(A)
+    carry = A.new_zeros(batch, *A.shape)                        # a_{t+1} g_{t+1}
+    if dlast_state is not None:
+        carry.copy_(dlast_state)
+
+    memory = new_pieces(3, u, A)
+    for rows, chunk, steps in reversed(cut(batch, seqlen, memory.shape[1])):
+        piece = rows, steps
+        first = chunk_states[rows, chunk]
+        a, h = scan_piece(first, dt[piece], x[piece], A, B[piece], memory)
+        if z is not None:                                       # dz needs y
+            y[piece] = torch.einsum("btn,btnd->btd", C[piece], h)
+        dC[piece] = torch.einsum("btd,btnd->btn", dy[piece], h)
+        g = memory[2, :h.shape[0], :h.shape[1]]
+        torch.mul(dy[piece][:, :, None, :], C[piece][:, :, :, None], out=g)
+        a_t, g_t = a.unbind(1), g.unbind(1)
+        g_t[-1].add_(carry[rows])
+        for t in range(len(g_t) - 2, -1, -1):
+            g_t[t].addcmul_(a_t[t + 1], g_t[t + 1])
+        dB[piece] = torch.einsum("btd,btnd->btn", x[piece], g)
+        dx[piece] = torch.einsum("btn,btnd->btd", B[piece], g)
+        w = a.mul_(g)                                           # a_t g_t, in the memory of a
+        carry[rows] = w[:, 0]
+        w[:, 1:] *= h[:, :-1]
+        w[:, 0] *= first
+        ddt[piece] = torch.mul(w, A, out=g).sum(2)              # g is only memory from here on
+        dA += torch.mul(w, dt[piece][:, :, None, :], out=g).sum((0, 1))
+
+    dz = None
+    if z is not None:
+        dz = torch.ops.aten.silu_backward(y.addcmul_(D, u).mul_(dout), z.to(A.dtype)).to(z.dtype)
+    ddt.addcmul_(u, dx)
+    if delta_softplus:
+        ddt *= torch.sigmoid(raw)
+    dD = (u * dy).sum((0, 1))
+    du = dx.mul_(dt).addcmul_(D, dy).to(u_dtype)
+    dinitial_state = None if initial_state is None else carry
+    return du, ddt.to(delta.dtype), dA, dB, dC, dD, dz, ddt.sum((0, 1)), dinitial_state
+
+
+# Both as operators of PyTorch, so that autograd and torch.compile take a scan as a whole.
+
+
+def swapped(x):
+    """x with its last two dimensions swapped, contiguous; a vector and None as they are.
+
+    Channels come last then. Neighbouring channels lie side by side in memory, as the threads of a
+    GPU and the vectors of a CPU want them.
+    """
+    if x is None:
+        return None
+    return x.mT.contiguous() if x.dim() > 1 else x.contiguous()
+
+
+def gradients_swapped(gradients, u):
+    """Gradients in the layout of the inputs. An operator cannot return None: empty instead."""
+    result = []
+    for x in gradients:
+        if x is None:
+            result.append(u.new_empty(0))
+        else:
+            result.append(x.mT if x.dim() > 1 else x)
+    return tuple(result)
+
+
+INPUTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? z, "
+    "Tensor delta_bias, Tensor? initial_state"
+)
+FORWARD = (
+    f"({INPUTS}, bool delta_softplus, bool save_states, bool use_triton) "
+    "-> (Tensor out, Tensor last_state, Tensor chunk_states)"
+)
+BACKWARD = (
+    f"(Tensor dout, Tensor? dlast_state, {INPUTS}, Tensor chunk_states, bool delta_softplus, "
+    "bool use_triton) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, "
+    "Tensor dz, Tensor ddelta_bias, Tensor dinitial_state)"
+)
+
+
+@torch.library.custom_op("pathstar::scan", mutates_args=(), schema=FORWARD)
+def scan_op(*arguments):
+    *inputs, delta_softplus, save_states, use_triton = arguments
+    forward = triton_forward if use_triton else cpu_forward
+    inputs = [swapped(x) for x in inputs]
+    out, last_state, chunk_states = forward(inputs, delta_softplus, save_states)
+    if chunk_states is None:
+        chunk_states = out.new_empty(0)
+    return out.mT, last_state.mT, chunk_states
+
+
+@scan_op.register_fake
+def _(*arguments):
+    """Shapes, strides and dtypes without the work, for torch.compile."""
+    *inputs, _, save_states, use_triton = arguments
+    u, A = swapped(inputs[0]), swapped(inputs[2])
+    batch, seqlen, _ = u.shape
+    chunks = count_chunks(seqlen, TRITON_CHUNK if use_triton else CPU_CHUNK)
+    out = torch.empty_like(u)
+    last_state = A.new_empty(batch, *A.shape)
+    chunk_states = A.new_empty(batch, chunks, *A.shape) if save_states else out.new_empty(0)
+    return out.mT, last_state.mT, chunk_states
+
+
+@torch.library.custom_op("pathstar::scan_backward", mutates_args=(), schema=BACKWARD)
+def scan_backward_op(dout, dlast_state, *arguments):
+    *inputs, chunk_states, delta_softplus, use_triton = arguments
+    backward = triton_backward if use_triton else cpu_backward
+    u = inputs[0]
+    inputs = [swapped(x) for x in inputs]
+    gradients = backward(swapped(dout), swapped(dlast_state), inputs, chunk_states, delta_softplus)
+    return gradients_swapped(gradients, u)
+
+
+@scan_backward_op.register_fake
+def _(dout, dlast_state, *arguments):
+    *inputs, _, _, _ = arguments
+    gradients = [None if x is None else torch.empty_like(swapped(x)) for x in inputs]
+    return gradients_swapped(gradients, dout)
+
+
+def save_for_backward(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, _, ctx.use_triton = inputs
+    _, _, chunk_states = output
+    ctx.save_for_backward(*tensors, chunk_states)
+    ctx.set_materialize_grads(False)                            # None for an output without use
+
+
+def scan_gradients(ctx, dout, dlast_state, _):
+    *inputs, chunk_states = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(inputs[0])
+    gradients = scan_backward_op(
+        dout, dlast_state, *inputs, chunk_states, ctx.delta_softplus, ctx.use_triton
+    )
+    return *[None if x is None else dx for x, dx in zip(inputs, gradients)], None, None, None
+
+
+scan_op.register_autograd(scan_gradients, setup_context=save_for_backward)
+
+
+def fast_scan(inputs, delta_softplus, return_last_state, use_triton):
+    check_arguments(*inputs)
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
+    if D is None:
+        D = u.new_zeros(u.shape[1])
+    if delta_bias is None:
+        delta_bias = u.new_zeros(u.shape[1])
+    dtype = state_dtype(u)
+    A, B, C, D, delta_bias = [x.to(dtype) for x in (A, B, C, D, delta_bias)]
+    if initial_state is not None:
+        initial_state = initial_state.to(dtype)
+    inputs = u, delta, A, B, C, D, z, delta_bias, initial_state
+    out, last_state, _ = scan_op(*inputs, delta_softplus, torch.is_grad_enabled(), use_triton)
+    return (out, last_state) if return_last_state else out
+
+
+def selective_scan_triton(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None,
+    delta_softplus=False, return_last_state=False, initial_state=None
+):
+    """The scan by the Triton kernels. For arguments see `selective_scan`.
+
+    Raises RuntimeError where Triton cannot run.
+    """
+    inputs = u, delta, A, B, C, D, z, delta_bias, initial_state
+    return fast_scan(inputs, delta_softplus, return_last_state, use_triton=True)
+
+
+def selective_scan_cpu(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None,
+    delta_softplus=False, return_last_state=False, initial_state=None
+):
+    """The scan by PyTorch in pieces. For arguments see `selective_scan`."""
+    inputs = u, delta, A, B, C, D, z, delta_bias, initial_state
+    return fast_scan(inputs, delta_softplus, return_last_state, use_triton=False)
+
+
+def selective_scan(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None,
+    delta_softplus=False, return_last_state=False, initial_state=None
+):
+    """Runs the scan in the fastest way for the device and size.
+
+    The arguments are those of `selective_scan_fn` in the mamba_ssm package, and a last one:
+
+    u              (batch, dim, seqlen)      the input; any strides, as for all tensors
+    delta          (batch, dim, seqlen)      Delta, before delta_bias and softplus
+    A              (dim, dstate)             real
+    B, C           (batch, dstate, seqlen)   how a token writes to the state and reads from it
+    D              (dim,)                    the skip connection, or None
+    z              (batch, dim, seqlen)      the gate, or None
+    delta_bias     (dim,)                    added to delta, or None
+    delta_softplus                           whether dt is the softplus of delta + delta_bias
+    initial_state  (batch, dim, dstate)      the state before the first step; None for zeros
+
+    Returns out (batch, dim, seqlen) in u's dtype. With return_last_state, returns also the state
+    after the last step (batch, dim, dstate), in float32, or float64 for u in float64. Gradients
+    flow through both, to all tensors. Raises ValueError for arguments of another form.
+    """
+    if u.is_cuda and triton is not None:
+        scan = selective_scan_triton
+    elif u.shape[2:] == (1,) or u.numel() * A.shape[-1:].numel() < 1000:
+        scan = selective_scan_ref  # little work: the CPU path would cost more than it saves
+    else:
+        scan = selective_scan_cpu
+    return scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, initial_state)
+
+
+def main():
+    """Prints how long a scan takes here, beside the plain loop. results/scan_speed.py has more."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch, seqlen, dim, dstate = 128, 31, 256, 16
+    u, delta, z = torch.randn(3, batch, dim, seqlen, device=device)
+    B, C = torch.randn(2, batch, dstate, seqlen, device=device)
+    A = -torch.rand(dim, dstate, device=device)
+    inputs = [x.requires_grad_() for x in (u, delta, A, B, C)]
+    print(f"batch {batch}, seqlen {seqlen}, dim {dim}, dstate {dstate}, {device}, one thread")
+    for scan in (selective_scan, selective_scan_ref):
+        def forward_and_backward():
+            scan(*inputs, z=z, delta_softplus=True).sum().backward()
+
+        timer = Timer("f()", globals={"f": forward_and_backward})
+        milliseconds = 1000 * timer.blocked_autorange().median
+        print(f"{scan.__name__:20} forward and backward {milliseconds:8.2f} ms")
 
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; (batch, seqlen, dim, dstate), milliseconds")
-    rivals, dtypes = {"loop": selective_scan_ref}, [torch.float32, torch.bfloat16]
-    benchmark("cpu", [(1, 1, 16, 1), (1, 257, 40, 16), (128, 27, 128, 16), (256, 17, 256, 16)], dtypes[:1], rivals)
-    if torch.cuda.is_available():
-        benchmark("cuda", [(256, 31, 1568, 16), (8, 2048, 1536, 16), (8, 2048, 3072, 16)], dtypes, rivals)
+    main()

@@ -1,13 +1,15 @@
-"""The tests: pytest, on a machine without a GPU, where Triton kernels run in Triton's interpreter.
+"""The tests: pytest, on a machine without a GPU. Triton kernels run in Triton's interpreter.
 
-On a machine with one, TRITON_INTERPRET=0 pytest -k scan runs the kernels themselves.
+On a machine with a GPU, TRITON_INTERPRET=0 pytest -k scan runs the kernels themselves.
 """
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
+import argparse
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +24,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import sample
@@ -30,137 +34,186 @@ import train
 from data import PathStar
 from model_gpt import GPT, GPTConfig, attention, fused_attention
 from model_mamba import Mamba, MambaConfig
-from scan_kernel import selective_scan, selective_scan_cpu, selective_scan_ref, selective_scan_triton
+from scan_kernel import (
+    selective_scan, selective_scan_cpu, selective_scan_ref, selective_scan_triton
+)
 
 HERE = Path(__file__).parent
 STAR = PathStar(2, 5, 50)
 LINE = "32,3|16,12|3,19|32,34|34,6|6,16|19,47|47,28/32,12=32,34,6,16,12"
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def run(script, *flags, cwd=HERE, env=None):
-    return subprocess.run([sys.executable, str(HERE / script), *map(str, flags)], cwd=cwd, text=True, capture_output=True,
-                          stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
+def run(script, *flags, cwd=HERE):
+    """Runs a script in a process of its own."""
+    command = [sys.executable, str(HERE / script), *map(str, flags)]
+    return subprocess.run(
+        command, cwd=cwd, text=True, capture_output=True, stdin=subprocess.DEVNULL, env=ONE_THREAD
+    )
 
 
-def fails(script, *flags, says, cwd=HERE):
-    """The script refuses: exit code 2, one line on stderr that says why, nothing printed."""
-    result = run(script, *flags, cwd=cwd)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.count("\n") == 1 and says in result.stderr, result.stderr
+def call(monkeypatch, module, *flags):
+    """Runs a script in this process -> its exit code."""
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, flags)])
+    try:
+        module.main()
+    except SystemExit as stop:
+        if isinstance(stop.code, str):  # as Python does with a message
+            print(stop.code, file=sys.stderr)
+            return 1
+        return stop.code
+    return 0
 
 
-# data.py
+def is_one_line(printed, says):
+    """A refusal: nothing on stdout, one line on stderr that says why."""
+    return printed.out == "" and printed.err.count("\n") == 1 and says in printed.err
+
+
+def lines_of(star, prefixes, paths):
+    """The text form of graphs."""
+    return [data.to_text(*graph) for graph in zip(prefixes.tolist(), paths.tolist())]
+
+
+# ---- data.py
+
 
 def test_the_papers_example_in_tokens():
-    """FACTS of the paper's code: node k is k, | is N, = is N + 1, / is N + 2; commas are not tokens."""
+    """Node k is k, | is N, = is N + 1, / is N + 2; commas are not tokens."""
     edges, path = data.parse_line(LINE)
-    edges, paths = np.array([edges]), np.array([path])
-    prefixes = data.assemble(STAR, edges[:, :, 0], edges[:, :, 1], paths)
-    assert prefixes[0].tolist() == [32, 3, 50, 16, 12, 50, 3, 19, 50, 32, 34, 50, 34, 6, 50, 6, 16, 50, 19, 47, 50, 47, 28,
-                                    52, 32, 12, 51]
+    paths = np.array([path])
+    prefixes = data.prefix_tokens(STAR, np.array([edges]), paths)
+    assert prefixes[0].tolist() == [
+        32, 3, 50, 16, 12, 50, 3, 19, 50, 32, 34, 50, 34, 6, 50, 6, 16, 50, 19, 47, 50, 47, 28, 52,
+        32, 12, 51,
+    ]
     assert paths[0].tolist() == [32, 34, 6, 16, 12]
     assert STAR.prefix_len == 27 and STAR.dollar == 53 and STAR.vocab_size == 54
-    assert list(data.text(STAR, prefixes, paths)) == [LINE]
-    assert list(data.text(STAR, prefixes)) == [LINE.split("=")[0] + "="]
+    assert lines_of(STAR, prefixes, paths) == [LINE]
+    assert data.to_text(prefixes[0].tolist()) == LINE.split("=")[0] + "="
 
 
 @pytest.mark.parametrize("sizes", [(2, 5, 50), (1, 2, 2), (5, 3, 11), (3, 2, 200)])
 def test_drawn_graphs_are_path_stars(sizes, tmp_path):
-    star, file = PathStar(*sizes), tmp_path / "graphs.txt"
+    """They are written, and read again by a parser that refuses anything else."""
+    star = PathStar(*sizes)
+    file = tmp_path / "graphs.txt"
     prefixes, paths = data.draw(star, 500, rng())
-    file.write_text("".join(line + "\n" for line in data.text(star, prefixes, paths)))
-    edges, read = data.read_graphs(file, num_nodes=star.num_nodes)   # refuses anything but a path-star graph
-    assert (data.assemble(star, edges[:, :, 0], edges[:, :, 1], read) == prefixes).all() and (read == paths).all()
+    file.write_text("\n".join(lines_of(star, prefixes, paths)))
+    edges, read = data.read_graphs(file, num_nodes=star.num_nodes)
+    assert (data.prefix_tokens(star, edges, read) == prefixes).all()
+    assert (read == paths).all()
     assert edges.shape == (500, star.n_edges, 2) and paths.shape == (500, star.path_len)
 
 
+def assert_uniform(values, kinds):
+    """A chi-square test. By chance it fails once in about 10^5 seeds."""
+    counts = np.bincount(values, minlength=kinds)
+    expected = len(values) / kinds
+    assert len(counts) == kinds
+    chi2 = ((counts - expected) ** 2 / expected).sum()
+    assert chi2 < (kinds - 1) + 4.5 * math.sqrt(2 * (kinds - 1)) + 10
+
+
 def test_draws_are_uniform():
-    """Names, the goal's arm and the order of the edges: chi-square tests, each failing once in about 10^5 seeds."""
-    star, n = PathStar(2, 3, 6), 60_000
-    prefixes, paths = data.draw(star, n, rng(1))
-
-    def uniform(values, kinds):
-        counts = np.bincount(values, minlength=kinds)
-        assert len(counts) == kinds
-        chi2 = ((counts - n / kinds) ** 2 / (n / kinds)).sum()
-        assert chi2 < (kinds - 1) + 4.5 * math.sqrt(2 * (kinds - 1)) + 10
-
-    for column in (*paths.T, prefixes[:, 0], prefixes[:, 4]):
-        uniform(column, 6)
-    # the order of the edges, seen as the positions of the two edges on the goal's arm: 4 * 3 pairs
-    first = [np.argmax((prefixes[:, 0:-3:3] == paths[:, [i]]) & (prefixes[:, 1:-3:3] == paths[:, [i + 1]]), axis=1)
-             for i in (0, 1)]
-    uniform(first[0] * 4 + first[1] - (first[0] * 4 + first[1]) // 5 - 1, 12)
-    # pairs of names, so that they are independent too: 30 ordered pairs of different ones
+    star = PathStar(2, 3, 6)
+    prefixes, paths = data.draw(star, 60_000, rng(1))
+    tails, heads = prefixes[:, 0:-3:3], prefixes[:, 1:-3:3]
+    for names in (*paths.T, tails[:, 0], heads[:, 1]):
+        assert_uniform(names, 6)
+    # Ordered pairs of different names: names are independent.
     a, b = paths[:, 0], paths[:, 2]
-    uniform(a * 5 + b - (b > a), 30)
+    assert_uniform(a * 5 + b - (b > a), 30)
+    # The places of the two edges of the goal's arm: the edges are in random order.
+    first = np.argmax((tails == paths[:, [0]]) & (heads == paths[:, [1]]), axis=1)
+    second = np.argmax((tails == paths[:, [1]]) & (heads == paths[:, [2]]), axis=1)
+    assert_uniform(first * 3 + second - (second > first), 12)
 
 
-def test_same_seed_same_bytes():
-    command = "--deg", 2, "--path_len", 5, "--num_nodes", 50, "-n", 3, "--seed"
-    first = run("data.py", *command, 0).stdout
-    assert first == run("data.py", *command, 0).stdout != run("data.py", *command, 1).stdout
+def test_same_seed_same_graphs():
+    first = run("data.py", "-n", 3, "--seed", 0).stdout
     assert len(first.splitlines()) == 3
+    assert run("data.py", "-n", 3, "--seed", 0).stdout == first
+    assert run("data.py", "-n", 3, "--seed", 1).stdout != first
 
 
 def test_printed_graphs_are_not_those_of_a_run_with_the_same_seed(tmp_path):
-    """Numbers drawn from seed s are those drawn from [s, 0]: files made with --seed must stand apart from every run's sets."""
-    (tmp_path / "graphs.txt").write_text(run("data.py", "-n", 300, "--seed", 0).stdout)
-    printed = data.datasets(n_test=1, train_file=tmp_path / "graphs.txt", num_nodes=50)[1][0]
-    for prefixes, _ in data.datasets(2, 5, 50, 300, 300, seed=0)[1:3]:
-        assert not set(data.keys(prefixes)) & set(data.keys(printed))
+    """NumPy draws the same numbers from seed s and [s, 0]. So files need a stream of their own."""
+    file = tmp_path / "graphs.txt"
+    file.write_text(run("data.py", "-n", 300, "--seed", 0).stdout)
+    _, (printed, _), _ = data.datasets(None, None, 50, None, 1, 0, train_file=file)
+    _, (train_prefixes, _), (test_prefixes, _) = data.datasets(2, 5, 50, 300, 300, 0)
+    assert not set(data.keys(train_prefixes)) & set(data.keys(printed))
+    assert not set(data.keys(test_prefixes)) & set(data.keys(printed))
 
 
-def test_train_and_test_share_no_prefix():
-    star, (train_prefixes, _), (test_prefixes, _), _ = data.datasets(2, 2, 4, 40, 8)
-    assert star.count() == 48                                        # all of this space is used, each graph once
-    assert len(set(data.keys(train_prefixes)) | set(data.keys(test_prefixes))) == 48
-    fresh, _ = data.draw_unseen(star, 1000, rng(), set(data.keys(test_prefixes)), distinct=False)
-    assert not set(data.keys(fresh)) & set(data.keys(test_prefixes)) and len(set(data.keys(fresh))) == 40
-    again, other = data.datasets(2, 2, 4, 40, 8), data.datasets(2, 2, 4, 40, 8, seed=1)
-    assert (again[1][0] == train_prefixes).all() and (other[1][0] != train_prefixes).any()
+def test_training_and_test_set_share_no_graph():
+    """In a space of 48 graphs: each is used once."""
+    star, (train_prefixes, _), (test_prefixes, _) = data.datasets(2, 2, 4, 40, 8, 0)
+    assert star.count() == 48
+    test_keys = set(data.keys(test_prefixes))
+    assert len(set(data.keys(train_prefixes)) | test_keys) == 48
+    fresh, _ = data.draw_unseen(star, 1000, rng(), test_keys, distinct=False)
+    assert not set(data.keys(fresh)) & test_keys
+    assert len(set(data.keys(fresh))) == 40
+    _, (again, _), _ = data.datasets(2, 2, 4, 40, 8, 0)
+    _, (other, _), _ = data.datasets(2, 2, 4, 40, 8, 1)
+    assert (again == train_prefixes).all() and (other != train_prefixes).any()
     for n_train, n_test in ((41, 8), (0, 48)):
         with pytest.raises(ValueError, match="only 48 different graphs"):
-            data.datasets(2, 2, 4, n_train, n_test)
+            data.datasets(2, 2, 4, n_train, n_test, 0)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 4), (1, 3, 4), (3, 2, 4), (2, 3, 5)])
 def test_count_of_graphs(sizes):
     star = PathStar(*sizes)
-    assert len(set(data.keys(data.draw(star, 40 * star.count(), rng())[0]))) == star.count()
+    prefixes, _ = data.draw(star, 40 * star.count(), rng())
+    assert len(set(data.keys(prefixes))) == star.count()
 
 
-def test_files_and_what_they_determine(tmp_path):
-    for name, n, seed in (("train", 30, 1), ("test", 10, 2)):
-        lines = list(data.text(STAR, *data.draw(STAR, n, rng(seed))))
-        (tmp_path / name).write_text("\n".join(lines + lines[:2] if name == "train" else lines + [LINE]))
-    with open(tmp_path / "train", "a") as f:
-        f.write("\r\n" + LINE + "\r\n")
-    star, (p, _), (q, _), warnings = data.datasets(train_file=tmp_path / "train", test_file=tmp_path / "test")
-    assert (star.deg, star.path_len, star.num_nodes) == (2, 5, 50) and (len(p), len(q)) == (33, 11)
-    assert warnings == ["2 lines of the train file repeat a graph", "1 of the 11 test graphs occur in the training file too"]
-    star, (p, _), (q, _), warnings = data.datasets(train_file=tmp_path / "train", n_train=5, n_test=7, num_nodes=60)
-    assert (star.num_nodes, len(p), len(q), warnings) == (60, 5, 7, [])
-    assert list(data.text(star, p[:1])) == [(tmp_path / "train").read_text().split("=")[0] + "="]
+def test_files_and_what_they_determine(tmp_path, capsys):
+    train_file, test_file = tmp_path / "train.txt", tmp_path / "test.txt"
+    train_lines = lines_of(STAR, *data.draw(STAR, 30, rng(1))) + [LINE]
+    test_lines = lines_of(STAR, *data.draw(STAR, 10, rng(2))) + [LINE]
+    train_file.write_text("\r\n".join(train_lines) + "\r\n")
+    test_file.write_text("\n".join(test_lines))
+    star, (prefixes, _), (test_prefixes, _) = data.datasets(
+        None, None, None, None, None, 0, train_file, test_file
+    )
+    assert (star.deg, star.path_len, star.num_nodes) == (2, 5, 50)
+    assert (len(prefixes), len(test_prefixes)) == (31, 11)
+    assert capsys.readouterr().err == "warning: 1 of the test graphs are training graphs\n"
+    star, (prefixes, paths), (test_prefixes, _) = data.datasets(
+        None, None, 60, 5, 7, 0, train_file
+    )
+    assert (star.num_nodes, len(prefixes), len(test_prefixes)) == (60, 5, 7)
+    assert lines_of(star, prefixes, paths) == train_lines[:5]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("line, says", [
-    ("32,3|16,12", "not of the form"), ("", "not of the form"), (LINE.replace(",", ";"), "not of the form"),
-    (LINE + ",", "not of the form"), (LINE.replace("32,3", "x,3"), "not of the form"),
+    ("32,3|16,12", "not of the form"),
+    ("", "not of the form"),
+    (LINE.replace(",", ";"), "not of the form"),
+    (LINE + ",", "not of the form"),
+    (LINE.replace("32,3", "x,3"), "not of the form"),
     (LINE.replace("32", "9" * 5000), "not of the form"),
     (LINE.replace("/32,12=32", "/9,12=9"), "no edge leaves the start 9"),
-    (LINE.replace("47,28", "47,16"), "node 16 is repeated"), (LINE.replace("47,28", "47,32"), "node 32 is repeated"),
-    (LINE.replace("47,28", "46,28"), "some edges are on no arm"), (LINE.replace("47,28", "19,28"), "some edges are on no arm"),
+    (LINE.replace("47,28", "47,16"), "node 16 is repeated"),
+    (LINE.replace("47,28", "47,32"), "node 32 is repeated"),
+    (LINE.replace("47,28", "46,28"), "some edges are on no arm"),
+    (LINE.replace("47,28", "19,28"), "some edges are on no arm"),
     ("0,1|0,2|2,3/0,3=0,2,3", "arms differ in length"),
     (LINE.replace("/32,12", "/32,16"), "the goal 16 is not the end of an arm"),
-    (LINE.replace("=32,34", "=32,3"), "path 32,3,6,16,12 is not in the graph"),
+    (LINE.replace("=32,34", "=32,3"), "path 32,3,6,16,12 is not the arm"),
     (LINE.replace("=32,34,6,16,12", "="), "the path is missing"),
-    ("0,1|2,3|1,4|0,2/0,4=0,1,4", "deg 2 and path_len 3, where deg 2 and path_len 5 are expected"),
-    (LINE.replace("28", "60"), "node 60 is out of range")])
+    ("0,1|2,3|1,4|0,2/0,4=0,1,4", "path_len 3, where deg 2 and path_len 5 are expected"),
+    (LINE.replace("28", "60"), "node 60 is out of range"),
+])
 def test_malformed_lines(line, says, tmp_path):
     file = tmp_path / "graphs.txt"
     file.write_text(f"{LINE}\n{line}\n{LINE}\n")
@@ -169,346 +222,623 @@ def test_malformed_lines(line, says, tmp_path):
     assert says in str(error.value) and f"{file}, line 2: " in str(error.value)
 
 
-def test_files_that_are_no_data(tmp_path):
+def test_files_that_hold_no_graphs(tmp_path):
     (tmp_path / "empty").write_text("")
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     (tmp_path / "one").write_text(LINE)
-    for name, limit, says in (("empty", None, "is empty"), ("binary", None, "line 1"), ("one", 2, "has 1 graphs")):
-        with pytest.raises(ValueError, match=says):
-            data.read_graphs(tmp_path / name, limit)
-    with pytest.raises(ValueError, match="one, line 1: a graph with deg 2 and path_len 5, where deg 3"):
-        data.datasets(deg=3, n_test=1, train_file=tmp_path / "one")
+    with pytest.raises(ValueError, match="is empty"):
+        data.read_graphs(tmp_path / "empty")
+    with pytest.raises(ValueError, match="line 1"):
+        data.read_graphs(tmp_path / "binary")
+    with pytest.raises(ValueError, match="has 1 graphs, fewer than the 2"):
+        data.read_graphs(tmp_path / "one", 2)
+    with pytest.raises(ValueError, match="one, line 1: .* where deg 3"):
+        data.datasets(3, None, None, None, 1, 0, train_file=tmp_path / "one")
 
 
-# scan_kernel.py
+def test_every_epoch_sees_every_graph_once():
+    seen = np.concatenate([data.batch_indices(20, 8, 0, step) for step in range(5)]).tolist()
+    assert Counter(seen[:20]) == Counter(seen[20:]) == Counter(range(20))
+    assert seen[:20] != seen[20:]
 
-NAMES = "u delta A B C D z delta_bias".split()
+
+def is_path_star(line):
+    """Decides in another way what `parse_line` decides: from the ends of the arms backwards."""
+    body, path = line.split("=")
+    edges, question = body.split("/")
+    edges = [tuple(map(int, edge.split(","))) for edge in edges.split("|")]
+    start, goal = map(int, question.split(","))
+    parent = {b: a for a, b in edges}
+    children = Counter(a for a, _ in edges)
+    if len(parent) < len(edges) or start in parent:
+        return False
+    if any(count > 1 for node, count in children.items() if node != start):
+        return False
+    arms = []
+    for end in parent:
+        if end not in children:
+            arm = [end]
+            while arm[-1] in parent and len(arm) <= len(edges):
+                arm.append(parent[arm[-1]])
+            arms.append(arm[::-1])
+    if {arm[0] for arm in arms} != {start} or len({len(arm) for arm in arms}) != 1:
+        return False
+    if sum(len(arm) - 1 for arm in arms) < len(edges):
+        return False
+    right = [arm for arm in arms if arm[-1] == goal]
+    return bool(right) and (path == "" or [int(node) for node in path.split(",")] == right[0])
+
+
+def mutate(line, random):
+    """Replaces, deletes, inserts or repeats a few characters."""
+    for _ in range(random.integers(1, 4)):
+        k, j = sorted(random.integers(len(line), size=2))
+        character = "0123456789,|/= x-"[random.integers(17)]
+        line = [
+            line[:k] + character + line[k + 1:],
+            line[:k] + line[k + 1:],
+            line[:k] + character + line[k:],
+            line[:k] + line[j:j + 3] + line[k:],
+        ][random.integers(4)] or "0"
+    return line
+
+
+def fuzz(n):
+    """Holds `parse_line` to `is_path_star` on n mutated lines -> how many it took"""
+    random = rng()
+    lines = []
+    for star in (PathStar(2, 4, 12), PathStar(3, 3, 12)):
+        lines += lines_of(star, *data.draw(star, 200, random))
+    accepted = 0
+    for _ in range(n):
+        line = mutate(lines[random.integers(len(lines))], random)
+        right = data.LINE.fullmatch(line) is not None and is_path_star(line)
+        try:
+            data.parse_line(line)
+            accepted += 1
+            assert right, line
+        except ValueError:
+            assert not right, line
+    return accepted
+
+
+def test_mutated_lines_are_judged_rightly():
+    assert 50 < fuzz(5000) < 2500
+
+
+# ---- scan_kernel.py
+
+NAMES = ["u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state"]
+OPTIONAL = ["D", "z", "delta_bias", "initial_state"]
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
-SCANS = [selective_scan_cpu] + [selective_scan_triton] * (scan_kernel.triton is not None)  # none on macOS and Windows
+needs_triton = pytest.mark.skipif(scan_kernel.triton is None, reason="needs triton")
+every_scan = pytest.mark.parametrize(
+    "scan", [selective_scan_cpu, pytest.param(selective_scan_triton, marks=needs_triton)]
+)
 
 
-def scan_inputs(batch, seqlen, dim, dstate, dtype=torch.float32, without=(), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    u, B, vector = (batch, dim, seqlen), (batch, dstate, seqlen), (dim,)
-    inputs = [torch.randn(shape, generator=generator) for shape in (u, u, (dim, dstate), B, B, vector, u, vector)]
-    inputs[2] = -inputs[2].abs() * 2
-    per_token = {"u", "delta", "B", "C", "z"}
-    dtypes = [dtype if name in per_token else max(dtype, torch.float32, key=lambda d: d.itemsize) for name in NAMES]
-    return [None if name in without else x.to(DEVICE, dtype).requires_grad_() for name, x, dtype in zip(NAMES, inputs, dtypes)]
+def scan_inputs(batch, seqlen, dim, dstate, dtype=torch.float32, without=()):
+    """Random arguments {name: tensor}. The per-token ones have the dtype, the others float32."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "u": (batch, dim, seqlen), "delta": (batch, dim, seqlen), "A": (dim, dstate),
+        "B": (batch, dstate, seqlen), "C": (batch, dstate, seqlen), "D": (dim,),
+        "z": (batch, dim, seqlen), "delta_bias": (dim,), "initial_state": (batch, dim, dstate),
+    }
+    inputs = {}
+    for name, shape in shapes.items():
+        x = torch.randn(shape, generator=generator)
+        if name == "A":
+            x = -2 * x.abs()
+        if name not in ("u", "delta", "B", "C", "z") and dtype != torch.float64:
+            x = x.to(DEVICE)
+        else:
+            x = x.to(DEVICE, dtype)
+        inputs[name] = None if name in without else x.requires_grad_()
+    return inputs
 
 
 def passes(scan, inputs, softplus=True):
-    """-> {what: tensor}: out, last state, and the gradient of each input through a weighted sum of out."""
-    out, last = scan(*inputs, delta_softplus=softplus, return_last_state=True)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).reshape(out.shape)
-    given = [(name, x) for name, x in zip(NAMES, inputs) if x is not None]
-    grads = torch.autograd.grad((out.double() * weight).sum(), [x for _, x in given])
-    return {"out": out, "last": last} | {name: grad for (name, _), grad in zip(given, grads)}
+    """-> {name: tensor}: out, the last state, and the gradients of a weighted sum of both"""
+    out, last = scan(**inputs, delta_softplus=softplus, return_last_state=True)
+    loss = 0
+    for x in (out, last):
+        weight = torch.linspace(-1, 1, x.numel(), dtype=torch.float64, device=x.device)
+        loss = loss + (x.double() * weight.reshape(x.shape)).sum()
+    given = {name: x for name, x in inputs.items() if x is not None}
+    gradients = torch.autograd.grad(loss, list(given.values()))
+    return {"out": out, "last": last} | dict(zip(given, gradients))
 
 
 def assert_matches(scan, inputs, softplus=True, tolerance=2e-5):
-    exact = passes(selective_scan_ref, [x if x is None else x.detach().double().requires_grad_() for x in inputs], softplus)
+    """All that `passes` returns is that of the plain loop in float64."""
+    exact_inputs = {}
+    for name, x in inputs.items():
+        exact_inputs[name] = x if x is None else x.detach().double().requires_grad_()
+    exact = passes(selective_scan_ref, exact_inputs, softplus)
     for name, x in passes(scan, inputs, softplus).items():
         scale = exact[name].abs().max().clamp(min=1e-3)
         assert x.shape == exact[name].shape
         assert (x.double() - exact[name]).abs().max() <= tolerance * scale, name
 
 
-def loop(u, delta, A, B, C, D, z, delta_bias):
-    """The recurrence in NumPy, number by number."""
-    u, delta, A, B, C, D, z, delta_bias = (x.detach().double().cpu().numpy() for x in (u, delta, A, B, C, D, z, delta_bias))
+def scan_in_numpy(u, delta, A, B, C, D, z, delta_bias, initial_state):
+    """The recurrence, number by number -> out, last state"""
+    u, delta, A, B, C, D, z, delta_bias, h = [
+        x.detach().double().cpu().numpy()
+        for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    ]
+    h = h.copy()
     out = np.zeros(u.shape)
-    h = np.zeros((u.shape[0], *A.shape))
     for b, d, t in np.ndindex(*u.shape):
         dt = math.log1p(math.exp(delta[b, d, t] + delta_bias[d]))
+        y = D[d] * u[b, d, t]
         for n in range(A.shape[1]):
             h[b, d, n] = math.exp(dt * A[d, n]) * h[b, d, n] + dt * B[b, n, t] * u[b, d, t]
-        y = sum(C[b, n, t] * h[b, d, n] for n in range(A.shape[1])) + D[d] * u[b, d, t]
+            y += C[b, n, t] * h[b, d, n]
         out[b, d, t] = y * z[b, d, t] / (1 + math.exp(-z[b, d, t]))
     return torch.from_numpy(out), torch.from_numpy(h)
 
 
-def test_reference_is_the_recurrence():
+def test_the_plain_loop_is_the_recurrence():
     inputs = scan_inputs(2, 7, 3, 4, torch.float64)
-    for ours, theirs in zip(selective_scan_ref(*inputs, delta_softplus=True, return_last_state=True), loop(*inputs)):
-        torch.testing.assert_close(ours.cpu(), theirs)
+    out, last = selective_scan_ref(**inputs, delta_softplus=True, return_last_state=True)
+    expected_out, expected_last = scan_in_numpy(**inputs)
+    torch.testing.assert_close(out.cpu(), expected_out)
+    torch.testing.assert_close(last.cpu(), expected_last)
 
 
 SIZES = [(2, 1, 3, 1), (1, 2, 70, 5), (3, 3, 5, 8), (2, 31, 66, 16), (1, 257, 3, 5)]
 
+
+@pytest.mark.parametrize("without", [(), ("initial_state",)])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("piece", [scan_kernel.PIECE, 300])          # as it is; and in pieces of batch, and of time
-def test_cpu_scan(size, piece, monkeypatch):
-    monkeypatch.setattr(scan_kernel, "PIECE", piece)
-    assert_matches(selective_scan_cpu, scan_inputs(*size))
+@pytest.mark.parametrize("piece_size", [scan_kernel.PIECE_SIZE, 300])
+def test_cpu_scan(size, piece_size, without, monkeypatch):
+    """Values and all gradients. The small pieces cut the batch, too."""
+    monkeypatch.setattr(scan_kernel, "PIECE_SIZE", piece_size)
+    assert_matches(selective_scan_cpu, scan_inputs(*size, without=without))
 
 
-@pytest.mark.skipif(scan_kernel.triton is None, reason="needs triton")
+@needs_triton
+@pytest.mark.parametrize("without", [(), ("initial_state",)])
 @pytest.mark.parametrize("size", SIZES)
-def test_triton_scan(size):
-    assert_matches(selective_scan_triton, scan_inputs(*size))
+def test_triton_scan(size, without):
+    assert_matches(selective_scan_triton, scan_inputs(*size, without=without))
 
 
-@pytest.mark.parametrize("scan", SCANS)
-@pytest.mark.parametrize("without, softplus", [(("D",), True), (("z",), True), (("delta_bias",), True), (("D", "z"), False),
-                                               ((), False), (("D", "z", "delta_bias"), False)])
-def test_optional_arguments(scan, without, softplus):
+@every_scan
+@pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize("without", [*[(name,) for name in OPTIONAL], OPTIONAL])
+def test_scan_without_optional_arguments(scan, without, softplus):
     inputs = scan_inputs(2, 9, 6, 3, without=without)
-    if not softplus:                                                 # dt must not be negative
+    if not softplus:  # dt must not be negative then
         with torch.no_grad():
-            inputs[1].abs_()
-            if inputs[7] is not None:
-                inputs[7].abs_()
+            inputs["delta"].abs_()
+            if inputs["delta_bias"] is not None:
+                inputs["delta_bias"].abs_()
     assert_matches(scan, inputs, softplus)
 
 
-@pytest.mark.parametrize("scan", SCANS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("scan", [
+    selective_scan_ref, selective_scan_cpu,
+    pytest.param(selective_scan_triton, marks=needs_triton),
+])
+def test_a_scan_in_pieces_equals_the_whole(scan):
+    """Each piece starts from the last state of the one before. Values and all gradients."""
+    def in_pieces(initial_state, **inputs):
+        outs = []
+        state = initial_state
+        for start, end in ((0, 1), (1, 12), (12, 19), (19, 40)):
+            piece = dict(inputs)
+            for name in ("u", "delta", "B", "C", "z"):
+                piece[name] = inputs[name][:, :, start:end]
+            piece.pop("return_last_state")
+            out, state = scan(**piece, return_last_state=True, initial_state=state)
+            outs.append(out)
+        return torch.cat(outs, dim=2), state
+
+    for without in ((), ("initial_state",)):
+        inputs = scan_inputs(2, 40, 5, 3, torch.float64, without=without)
+        whole = passes(scan, inputs)
+        for name, x in passes(in_pieces, inputs).items():
+            torch.testing.assert_close(x, whole[name], msg=lambda text: f"{name}: {text}")
+
+
+@every_scan
+def test_gradients_by_finite_differences(scan):
+    """Of all arguments, the initial state too, through the output and the last state."""
+    inputs = scan_inputs(2, 5, 3, 2, torch.float64)
+
+    def function(*tensors):
+        named = dict(zip(NAMES, tensors))
+        return scan(**named, delta_softplus=True, return_last_state=True)
+
+    torch.autograd.gradcheck(function, list(inputs.values()), fast_mode=True)
+
+
+@every_scan
+def test_gradients_through_the_last_state_alone(scan):
+    inputs = scan_inputs(2, 11, 3, 2)
+    _, last = scan(**inputs, delta_softplus=True, return_last_state=True)
+    _, exact = selective_scan_ref(**inputs, delta_softplus=True, return_last_state=True)
+    for name in ("u", "delta", "A", "B", "delta_bias", "initial_state"):
+        gradient, = torch.autograd.grad(last.sum(), inputs[name], retain_graph=True)
+        expected, = torch.autograd.grad(exact.sum(), inputs[name], retain_graph=True)
+        torch.testing.assert_close(gradient, expected, msg=lambda text: f"{name}: {text}")
+
+
+@every_scan
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float64, 1e-12), (torch.float16, 1e-3), (torch.bfloat16, 8e-3),
+])
 def test_dtypes(scan, dtype, tolerance):
-    """Half precision is compared to the float64 scan of the same rounded inputs: what is left is the rounding of results.
-    The interpreter truncates to bfloat16 where the chip rounds: one unit in the last place, 2^-7."""
+    """Half precision, beside float64 on the same rounded inputs: only results are rounded.
+
+    The interpreter truncates to bfloat16 where the chip rounds: by one unit in the last place.
+    """
     inputs = scan_inputs(2, 9, 6, 5, dtype)
-    out, last = scan(*inputs, delta_softplus=True, return_last_state=True)
-    assert out.dtype == dtype and last.dtype == (dtype if dtype == torch.float64 else torch.float32)
-    assert not last.requires_grad
+    out, last = scan(**inputs, delta_softplus=True, return_last_state=True)
+    assert out.dtype == dtype
+    assert last.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_matches(scan, inputs, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("scan", SCANS)
+@every_scan
 def test_strides(scan):
-    """Views: time running slower than channels, every second channel, expanded."""
+    """Views give the same bits: time before channels, every second channel, expanded."""
     inputs = scan_inputs(2, 6, 5, 3)
-    views = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() if x.dim() == 3 else x for x in inputs]
-    views[0] = torch.stack([inputs[0], inputs[0]], dim=2).flatten(1, 2)[:, ::2].detach().requires_grad_()
-    views[2] = inputs[2].detach().t().contiguous().t().requires_grad_()
-    views[5] = torch.stack([inputs[5], inputs[5]], dim=1)[:, 0].detach().requires_grad_()
-    for x, y in zip(passes(scan, inputs).values(), passes(scan, views).values()):
-        torch.testing.assert_close(x, y, rtol=0, atol=0)
-    u = inputs[0].detach()[:1].expand(2, -1, -1)
-    torch.testing.assert_close(scan(u, *inputs[1:]), scan(u.clone(), *inputs[1:]), rtol=0, atol=0)
+    views = {}
+    for name, x in inputs.items():
+        x = x.detach()
+        if name == "u":
+            x = torch.stack([x, x], dim=2).flatten(1, 2)[:, ::2]
+        elif name == "D":
+            x = torch.stack([x, x], dim=1)[:, 0]
+        elif x.dim() > 1:
+            x = x.mT.contiguous().mT
+        views[name] = x.requires_grad_()
+    assert not views["u"].is_contiguous() and not views["D"].is_contiguous()
+    plain = passes(scan, inputs)
+    for name, x in passes(scan, views).items():
+        torch.testing.assert_close(x, plain[name], rtol=0, atol=0)
+    expanded = inputs | {"u": inputs["u"].detach()[:1].expand(2, -1, -1)}
+    copied = inputs | {"u": expanded["u"].clone()}
+    torch.testing.assert_close(scan(**expanded), scan(**copied), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("scan", SCANS)
+@every_scan
 def test_extremes(scan):
-    """Steps of 0, and steps so large that exp(dt A) is 0: finite, and right."""
+    """Steps of 0, and steps so large that exp(dt A) is 0: finite, and right. An empty batch."""
     inputs = scan_inputs(1, 12, 4, 3)
     with torch.no_grad():
-        inputs[1][:, :, 3:6], inputs[1][:, :, 7:9] = -200.0, 300.0
-        inputs[2] *= 50
+        inputs["delta"][:, :, 3:6] = -200.0
+        inputs["delta"][:, :, 7:9] = 300.0
+        inputs["A"] *= 50
     assert_matches(scan, inputs)
-    empty = scan(*(x[:0] if x.dim() == 3 else x for x in inputs), delta_softplus=True)
-    assert empty.shape == (0, 4, 12) and torch.autograd.grad(empty.sum(), inputs[2])[0].abs().max() == 0
+    for name in ("u", "delta", "B", "C", "z", "initial_state"):
+        inputs[name] = inputs[name][:0]
+    out = scan(**inputs, delta_softplus=True)
+    gradient, = torch.autograd.grad(out.sum(), inputs["A"])
+    assert out.shape == (0, 4, 12) and gradient.abs().max() == 0
 
 
-@pytest.mark.parametrize("scan", SCANS)
-def test_nothing_comes_from_beyond_the_end(scan):
-    """A growing state, steps that only delta keeps small: behind the last step, where delta reads as 0, it would overflow."""
+@every_scan
+def test_nothing_comes_from_behind_the_end(scan):
+    """A growing state, with steps that only delta keeps small.
+
+    Behind the last step delta reads as 0. The state would overflow there.
+    """
     inputs = scan_inputs(1, 9, 4, 3)
     with torch.no_grad():
-        inputs[1].sub_(101)
-        inputs[2].abs_().add_(1)
-        inputs[7].fill_(100)
+        inputs["delta"].sub_(101)
+        inputs["A"].abs_().add_(1)
+        inputs["delta_bias"].fill_(100)
     assert_matches(scan, inputs)
 
 
-def test_gradients_by_finite_differences():
-    torch.autograd.gradcheck(lambda *x: selective_scan_cpu(*x, delta_softplus=True), scan_inputs(2, 5, 3, 2, torch.float64))
+MAMBA_SSM_TOLERANCES = {  # rtol, atol
+    torch.float32: (6e-4, 2e-3), torch.float16: (3e-3, 5e-3), torch.bfloat16: (3e-2, 5e-2),
+}
 
 
-GRID = [(selective_scan_cpu, torch.float32, seqlen) for seqlen in (128, 256, 512, 1024, 2048, 4096)]
-GRID += [(selective_scan_cpu, dtype, seqlen) for dtype in (torch.float16, torch.bfloat16) for seqlen in (128, 4096)]
-GRID += [(scan, dtype, seqlen) for scan in SCANS[1:] for dtype, seqlen in (
-    (torch.float32, 512), (torch.float16, 128), (torch.bfloat16, 128))]
-
-@pytest.mark.parametrize("scan, dtype, seqlen", GRID)
-def test_grid_of_mamba_ssm(scan, dtype, seqlen):
+@pytest.mark.parametrize("scan, dtype, seqlen", [
+    *[(selective_scan_cpu, torch.float32, n) for n in (128, 256, 512, 1024, 2048, 4096)],
+    *[(selective_scan_cpu, torch.float16, n) for n in (128, 4096)],
+    *[(selective_scan_cpu, torch.bfloat16, n) for n in (128, 4096)],
+    pytest.param(selective_scan_triton, torch.float32, 512, marks=needs_triton),
+    pytest.param(selective_scan_triton, torch.float16, 128, marks=needs_triton),
+    pytest.param(selective_scan_triton, torch.bfloat16, 128, marks=needs_triton),
+])
+def test_tolerances_of_mamba_ssm(scan, dtype, seqlen):
     """The sizes, inputs and tolerances with which the mamba_ssm package tests its CUDA kernel."""
-    rtol, atol = {torch.float32: (6e-4, 2e-3), torch.float16: (3e-3, 5e-3), torch.bfloat16: (3e-2, 5e-2)}[dtype]
+    rtol, atol = MAMBA_SSM_TOLERANCES[dtype]
     torch.manual_seed(0)
     batch, dim, dstate = 2, 4, 8
-    u, B, C, z = (torch.randn(batch, n, seqlen, dtype=dtype) for n in (dim, dstate, dstate, dim))
-    delta, A = (0.5 * torch.rand(batch, dim, seqlen)).to(dtype), -0.5 * torch.rand(dim, dstate)
-    inputs = [x.to(DEVICE).requires_grad_() for x in (u, delta, A, B, C, torch.randn(dim), z, 0.5 * torch.rand(dim))]
-    (out, last, *grads), (out_ref, last_ref, *grads_ref) = (
-        [*result, *torch.autograd.grad(result[0], inputs, torch.ones_like(result[0]))]
-        for result in (f(*inputs, delta_softplus=True, return_last_state=True) for f in (scan, selective_scan_ref)))
+    inputs = {
+        "u": torch.randn(batch, dim, seqlen, dtype=dtype),
+        "delta": (0.5 * torch.rand(batch, dim, seqlen)).to(dtype),
+        "A": -0.5 * torch.rand(dim, dstate),
+        "B": torch.randn(batch, dstate, seqlen, dtype=dtype),
+        "C": torch.randn(batch, dstate, seqlen, dtype=dtype),
+        "D": torch.randn(dim),
+        "z": torch.randn(batch, dim, seqlen, dtype=dtype),
+        "delta_bias": 0.5 * torch.rand(dim),
+    }
+    inputs = {name: x.to(DEVICE).requires_grad_() for name, x in inputs.items()}
+    out, last = scan(**inputs, delta_softplus=True, return_last_state=True)
+    out_ref, last_ref = selective_scan_ref(**inputs, delta_softplus=True, return_last_state=True)
     torch.testing.assert_close(out, out_ref, rtol=rtol, atol=atol)
     torch.testing.assert_close(last, last_ref, rtol=rtol, atol=atol)
-    weights = max(1e-3, rtol), max(1e-3, atol)
-    for name, grad, ref in zip(NAMES, grads, grads_ref):
-        r, a = {"u": (2 * rtol, 2 * atol), "delta": (5 * rtol, 10 * atol), "A": (weights[0], 5 * weights[1]),
-                "B": (rtol, atol), "C": (rtol, atol)}.get(name, weights)
-        torch.testing.assert_close(grad, ref, rtol=r, atol=a, msg=lambda text: f"{name}: {text}")
+    tensors = list(inputs.values())
+    gradients = torch.autograd.grad(out, tensors, torch.ones_like(out))
+    expected = torch.autograd.grad(out_ref, tensors, torch.ones_like(out))
+    weight_rtol, weight_atol = max(1e-3, rtol), max(1e-3, atol)
+    tolerances = {
+        "u": (2 * rtol, 2 * atol), "delta": (5 * rtol, 10 * atol),
+        "A": (weight_rtol, 5 * weight_atol), "B": (rtol, atol), "C": (rtol, atol),
+    }
+    for name, gradient, reference in zip(inputs, gradients, expected):
+        r, a = tolerances.get(name, (weight_rtol, weight_atol))
+        torch.testing.assert_close(
+            gradient, reference, rtol=r, atol=a, msg=lambda text: f"{name}: {text}"
+        )
 
 
-@pytest.mark.parametrize("scan", SCANS)
-def test_scan_under_compile_and_checkpoint(scan):
-    """No graph break; the same bits, and the same bits again."""
-    inputs = scan_inputs(3, 33, 20, 4)
+@every_scan
+@pytest.mark.parametrize("without", [(), ("initial_state",)])
+def test_scan_under_compile_and_checkpoint(scan, without):
+    """torch.compile takes it without a graph break. Both give the same bits."""
+    def checkpointed(**inputs):
+        return torch.utils.checkpoint.checkpoint(scan, use_reentrant=False, **inputs)
+
+    inputs = scan_inputs(3, 33, 20, 4, without=without)
     plain = passes(scan, inputs)
-    for wrapped in (scan, torch.compile(scan, fullgraph=True, backend="aot_eager"),
-                    lambda *x, **options: torch.utils.checkpoint.checkpoint(scan, *x, use_reentrant=False, **options)):
+    compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
+    for wrapped in (scan, compiled, checkpointed):
         for name, x in passes(wrapped, inputs).items():
-            torch.testing.assert_close(x, plain[name], rtol=0, atol=0, msg=lambda text: f"{name}: {text}")
+            torch.testing.assert_close(x, plain[name], rtol=0, atol=0)
 
 
-class Live(torch.utils._python_dispatch.TorchDispatchMode):
+class LiveMemory(TorchDispatchMode):
     """Counts the elements of the tensors that are alive, and the most there ever were."""
+
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
+        self.now = 0
+        self.peak = 0
+        self.known = set()
 
-    def freed(self, key, size):
+    def free(self, key, size):
         self.known.discard(key)
         self.now -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
-            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.known:
+        for x in tree_leaves(result):
+            if not isinstance(x, torch.Tensor):
+                continue
+            storage = x.untyped_storage()
+            key = storage._cdata
+            if key not in self.known:
+                size = storage.nbytes() // x.element_size()
                 self.known.add(key)
-                self.now += (size := x.untyped_storage().nbytes() // x.element_size())
-                weakref.finalize(x.untyped_storage(), self.freed, key, size)
+                self.now += size
+                weakref.finalize(storage, self.free, key, size)
         self.peak = max(self.peak, self.now)
         return result
 
 
-@pytest.mark.parametrize("scan", SCANS)
+@every_scan
 def test_scan_memory(scan, monkeypatch):
-    """Saved for the backward pass: the inputs, and a state for each chunk of time. At no time is there a tensor of (batch,
-    dim, seqlen, dstate), nor as much memory in pieces of it."""
-    batch, seqlen, dim, dstate = size = (4, 256, 64, 128) if scan is selective_scan_cpu else (1, 64, 32, 64)
-    monkeypatch.setattr(scan_kernel, "PIECE", 1 << 14)
-    inputs = scan_inputs(*size)
+    """Saved for the backward pass: the inputs, and a state for each chunk of time.
+
+    There is never a tensor (batch, dim, seqlen, dstate), nor as much memory in smaller ones.
+    """
+    if scan is selective_scan_cpu:
+        batch, seqlen, dim, dstate = 4, 256, 64, 128
+        chunk, use_triton = scan_kernel.CPU_CHUNK, False
+    else:
+        batch, seqlen, dim, dstate = 1, 64, 32, 64
+        chunk, use_triton = scan_kernel.TRITON_CHUNK, True
+    monkeypatch.setattr(scan_kernel, "PIECE_SIZE", 1 << 14)
+    inputs = scan_inputs(batch, seqlen, dim, dstate)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        scan(*inputs, delta_softplus=True)
-    mine = sum(x.numel() for x in saved if not any(x.data_ptr() == y.data_ptr() for y in inputs))
-    chunk = scan_kernel.TIME if scan is selective_scan_cpu else scan_kernel.CHUNK
-    assert mine == -(-seqlen // chunk) * batch * dim * dstate
-    forward, backward = (scan_kernel.cpu_forward, scan_kernel.cpu_backward) if scan is selective_scan_cpu else (
-        scan_kernel.triton_forward, scan_kernel.triton_backward)
-    inputs = [x.detach() for x in inputs]
-    monkeypatch.setattr(scan_kernel, "launch", lambda *args, **options: None)    # it is their interpreter that allocates
-    with Live() as live:
-        out, _, states = forward(*inputs, True, True)
-        backward(torch.ones_like(out), *inputs, states, True)
-    assert mine < live.peak < batch * seqlen * dim * dstate / 2
+        scan(**inputs, delta_softplus=True)
+    known = {x.data_ptr() for x in inputs.values()}
+    saved_states = sum(x.numel() for x in saved if x.data_ptr() not in known)
+    assert saved_states == math.ceil(seqlen / chunk) * batch * dim * dstate
+
+    # The interpreter of the kernels allocates for itself: leave it out.
+    monkeypatch.setattr(scan_kernel, "launch", lambda *args: None)
+    tensors = [x.detach() for x in inputs.values()]
+    with LiveMemory() as live:
+        out, _, states = scan_kernel.scan_op(*tensors, True, True, use_triton)
+        dout = torch.ones_like(out)
+        scan_kernel.scan_backward_op(dout, None, *tensors, states, True, use_triton)
+    assert saved_states < live.peak < batch * seqlen * dim * dstate / 2
 
 
-@pytest.mark.skipif(scan_kernel.triton is None or sys.platform != "linux", reason="needs triton, and memory only when touched")
-def test_offsets_beyond_32_bits():
-    inputs = scan_inputs(2, 3, 4, 2)
-    storage = torch.empty((1 << 31) + 100, dtype=torch.float16, device=DEVICE)   # 4 GB; on a CPU two pages of them are touched
-    far = storage.as_strided((2, 4, 3), (1 << 31, 3, 1))
-    with torch.no_grad():
-        near = far.copy_(inputs[0]).clone()
-    assert torch.equal(selective_scan_triton(far, *inputs[1:]), selective_scan_triton(near, *inputs[1:]))
+OFFSETS = """
+import re, sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import scan_kernel
+for kernel in (scan_kernel.forward_kernel, scan_kernel.backward_kernel):
+    signature, constants = {}, {}
+    sizes = {"SOFTPLUS": True, "CHUNK": 2, "BLOCK_N": 16, "BLOCK_D": 32}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "*fp32"
+        if name in sizes:
+            signature[name], constants[(i,)] = "constexpr", sizes[name]
+        elif name in ("dim", "seqlen", "dstate"):
+            signature[name] = "i32"
+    source = ASTSource(kernel, signature, constants)
+    text = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+    for line in text.splitlines():
+        if "tt.addptr" in line:
+            print(kernel.__name__, "i64" if line.split(" : ")[1].count("i64") else line)
+"""
 
 
-def test_scan_arguments():
-    u, delta, A, B, C, D, z, bias = inputs = scan_inputs(2, 6, 5, 3)
-    for wrong, says in (([u, delta, A.cfloat(), B, C], "complex A is not supported"),
-                        ([u, delta, A, B[:, None], C], "constant and grouped B and C are not supported"),
-                        ([u, delta, A, B, C[0]], "constant and grouped B and C are not supported"),
-                        ([u, delta[:, :, 1:], A, B, C], "delta must be"), ([u, delta, A, B, C, D[1:]], "D must be")):
+@needs_triton
+def test_offsets_have_64_bits():
+    """In the compiled kernels, each offset from a pointer to a tensor is a 64-bit number."""
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", OFFSETS]
+    result = subprocess.run(command, cwd=HERE, text=True, capture_output=True, env=env)
+    assert result.returncode == 0, result.stderr
+    kinds = Counter(result.stdout.splitlines())
+    assert set(kinds) == {"forward_kernel i64", "backward_kernel i64"}, kinds
+    assert min(kinds.values()) > 10
+
+
+def test_scan_refuses_arguments_of_another_form():
+    inputs = scan_inputs(2, 6, 5, 3)
+    u, A, B = inputs["u"], inputs["A"], inputs["B"]
+    for wrong, says in (
+        ({"A": A.cfloat()}, "A must be a real tensor"),
+        ({"B": B[:, None]}, "B must be .* in groups, are not supported"),
+        ({"C": inputs["C"][0]}, "C must be"),
+        ({"delta": inputs["delta"][:, :, 1:]}, "delta must be"),
+        ({"D": inputs["D"][1:]}, "D must be"),
+        ({"initial_state": inputs["initial_state"].mT}, "initial_state must be"),
+        ({"A": torch.tensor(-1.0)}, "u must be"),
+        ({"u": torch.tensor(1.0)}, "u must be"),
+        ({"u": u[:, :, :0]}, "u must be"),
+    ):
         with pytest.raises(ValueError, match=says):
-            selective_scan(*wrong)
-    for scalar in ((u, delta, torch.tensor(-1.0), B, C), (torch.tensor(1.0), delta, A, B, C)):
-        with pytest.raises(ValueError, match="u must be"):
-            selective_scan(*scalar)
-    torch.testing.assert_close(selective_scan(*inputs), selective_scan_cpu(*inputs))
+            selective_scan(**(inputs | wrong))
+    torch.testing.assert_close(selective_scan(**inputs), selective_scan_cpu(**inputs))
 
 
-# model_gpt.py, model_mamba.py
+# ---- model_gpt.py, model_mamba.py
 
-def small(name, **settings):
+every_model = pytest.mark.parametrize("name", train.DEFAULTS)  # a third one is held to the same
+SMALL = {"n_layer": 2, "n_embd": 16, "n_head": 2, "d_state": 4}
+SMALL_STAR = PathStar(2, 5, 10)
+
+
+def small(name):
+    """A small model for graphs of SMALL_STAR, with 14 tokens."""
     torch.manual_seed(0)
-    model, Config, fields = train.model_class(name)
-    sizes = dict(vocab_size=14, block_size=40, n_layer=2, n_head=2, n_embd=16, d_model=16, d_state=4) | settings
-    return model(Config(**{field: size for field, size in sizes.items() if field in fields}))
+    return train.build_model(argparse.Namespace(model=name, **SMALL), SMALL_STAR)
 
 
 def tokens(*shape, seed=0):
     return torch.randint(0, 14, shape, generator=torch.Generator().manual_seed(seed))
 
 
-every_model = pytest.mark.parametrize("name", train.MODELS)           # a third architecture is held to the same
-
-
 @every_model
-def test_face(name):
-    """Logits everywhere when there are targets or they are asked for, else the last; a target of -1 does not count."""
+def test_forward_returns_logits_and_loss(name):
+    """The loss is the mean over the targets that are not -1."""
     model, idx = small(name), tokens(3, 11)
     targets = tokens(3, 11, seed=1)
     targets[:, :7] = -1
     logits, loss = model(idx, targets)
-    expected = -logits.log_softmax(2).gather(2, targets[:, :, None].clamp(min=0))[:, 7:].mean()
+    given = logits.log_softmax(2).gather(2, targets[:, :, None].clamp(min=0))
     assert logits.shape == (3, 11, 14)
-    torch.testing.assert_close(loss, expected)
-    every, none = model(idx, all_logits=True)
-    last, _ = model(idx)
+    torch.testing.assert_close(loss, -given[:, 7:].mean())
+    same, none = model(idx)
     assert none is None
-    torch.testing.assert_close(every, logits)
-    torch.testing.assert_close(last, logits[:, -1:])
+    torch.testing.assert_close(same, logits)
 
 
 @every_model
-def test_causal(name):
+def test_models_are_causal(name):
+    """A token changes the logits at its place and behind it, and none before."""
     model, idx = small(name), tokens(2, 12)
     changed = idx.clone()
     changed[:, 8] = (changed[:, 8] + 1) % 14
-    before, after = model(idx, all_logits=True)[0], model(changed, all_logits=True)[0]
+    before, after = model(idx)[0], model(changed)[0]
     torch.testing.assert_close(before[:, :8], after[:, :8], rtol=0, atol=0)
     assert (before[:, 8:] != after[:, 8:]).any(dim=2).all()
 
 
 @every_model
 @torch.no_grad()
-def test_cache_equals_full_pass(name):
-    model, idx = small(name).double(), tokens(3, 20)
-    full, _ = model(idx, all_logits=True)
-    for sizes in ([12] + [1] * 8, [1] * 20, [5, 6, 9]):
-        cache = model.new_cache()
-        parts = [model(part, cache=cache, all_logits=True)[0] for part in idx.split(sizes, dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), full)
-    answer = idx[:, :9]
+def test_generation_equals_the_full_pass(name):
+    """Token by token, from a cache or state, the model writes what full passes write."""
+    model, idx = small(name).double(), tokens(3, 9)
+    full = idx
     for _ in range(6):
-        answer = torch.cat([answer, model(answer)[0].argmax(dim=2)], dim=1)
-    assert (model.generate(idx[:, :9], 6) == answer).all()
+        logits, _ = model(full)
+        full = torch.cat([full, logits[:, -1:].argmax(dim=2)], dim=1)
+    assert torch.equal(model.generate(idx, 6), full)
+
+
+@pytest.mark.parametrize("name", ["gpt", "mamba"])
+@torch.no_grad()
+def test_a_cache_or_state_equals_the_full_pass(name):
+    model, idx = small(name).double(), tokens(3, 20)
+    full, _ = model.hidden_states(idx)
+    for sizes in ([12] + [1] * 8, [1] * 20, [5, 6, 9]):
+        parts, states = [], None
+        for part in idx.split(sizes, dim=1):
+            x, states = model.hidden_states(part, states)
+            parts.append(x)
+        torch.testing.assert_close(torch.cat(parts, dim=1), full)
 
 
 def test_attention_written_out_equals_fused():
     generator = torch.Generator().manual_seed(0)
     for T, S in ((7, 7), (1, 7), (3, 7)):
-        q, k, v = (torch.randn(2, 3, n, 8, generator=generator, dtype=torch.float64) for n in (T, S, S))
+        q = torch.randn(2, 3, T, 8, generator=generator, dtype=torch.float64)
+        k = torch.randn(2, 3, S, 8, generator=generator, dtype=torch.float64)
+        v = torch.randn(2, 3, S, 8, generator=generator, dtype=torch.float64)
         seen = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-        torch.testing.assert_close(attention(q, k, v), F.scaled_dot_product_attention(q, k, v, seen))
-        torch.testing.assert_close(fused_attention(q, k, v), attention(q, k, v))
-    idx = tokens(2, 9)
-    plain, fused = small("gpt", fused=False), small("gpt")
-    torch.testing.assert_close(plain(idx)[0], fused(idx)[0])
+        expected = F.scaled_dot_product_attention(q, k, v, seen)
+        torch.testing.assert_close(attention(q, k, v), expected)
+        torch.testing.assert_close(fused_attention(q, k, v), expected)
+
+
+def small_gpt(fused):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(40, 14, n_layer=2, n_head=2, n_embd=16, fused=fused))
+
+
+def shake(model):
+    """Moves all weights away from where they start, as some start at 0 or 1."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model.state_dict()
+
+
+def shapes_of(weights):
+    return {name: tuple(x.shape) for name, x in weights.items()}
+
+
+def test_gpt2s_weights_have_the_names_and_shapes_of_ours():
+    block = {
+        "ln_1": (16,), "attn.c_attn": (48, 16), "attn.c_proj": (16, 16), "ln_2": (16,),
+        "mlp.c_fc": (64, 16), "mlp.c_proj": (16, 64),
+    }
+    shapes = {
+        "transformer.wte.weight": (14, 16), "transformer.wpe.weight": (40, 16),
+        "lm_head.weight": (14, 16), "transformer.ln_f.weight": (16,),
+        "transformer.ln_f.bias": (16,),
+    }
+    for i in (0, 1):
+        for name, shape in block.items():
+            shapes[f"transformer.h.{i}.{name}.weight"] = shape
+            shapes[f"transformer.h.{i}.{name}.bias"] = shape[:1]
+    model = small_gpt(fused=True)
+    assert shapes_of(model.state_dict()) == shapes
+    model.load_state_dict({name: torch.zeros(shape) for name, shape in shapes.items()})
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_gpt_is_gpt2(fused):
-    """Names and shapes as in nanoGPT; the numbers, against GPT-2's equations on the raw weights."""
-    model = small("gpt", fused=fused).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    w, idx = model.state_dict(), tokens(1, 10)[0]
-    block = {"ln_1": (16,), "attn.c_attn": (48, 16), "attn.c_proj": (16, 16), "ln_2": (16,), "mlp.c_fc": (64, 16),
-             "mlp.c_proj": (16, 64)}
-    shapes = {f"transformer.h.{i}.{name}.{kind}": shape if kind == "weight" else shape[:1]
-              for i in (0, 1) for name, shape in block.items() for kind in ("weight", "bias")}
-    shapes |= {"transformer.wte.weight": (14, 16), "transformer.wpe.weight": (40, 16), "lm_head.weight": (14, 16),
-               "transformer.ln_f.weight": (16,), "transformer.ln_f.bias": (16,)}
-    assert {name: tuple(x.shape) for name, x in w.items()} == shapes
+    """The logits, against GPT-2's equations on the raw weights."""
+    model = small_gpt(fused).double()
+    w, idx = shake(model), tokens(1, 10)[0]
 
     def norm(x, name):
         x = x - x.mean(1, keepdim=True)
-        return x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+        x = x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt()
+        return x * w[name + ".weight"] + w[name + ".bias"]
 
     def linear(x, name):
         return x @ w[name + ".weight"].T + w[name + ".bias"]
@@ -529,351 +859,464 @@ def test_gpt_is_gpt2(fused):
         y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3)))
         x = x + linear(y, pre + "mlp.c_proj")
     expected = norm(x, "transformer.ln_f") @ w["lm_head.weight"].T
-    torch.testing.assert_close(model(idx[None], all_logits=True)[0][0], expected)
-    with pytest.raises(ValueError, match="block_size"):
-        model(tokens(1, 41))
+    torch.testing.assert_close(model(idx[None])[0][0], expected)
+
+
+def test_gpt_refuses_what_cannot_work():
+    with pytest.raises(ValueError, match="41 tokens is longer than block_size 40"):
+        small_gpt(fused=True)(tokens(1, 41))
     with pytest.raises(ValueError, match="multiple of n_head"):
         GPTConfig(n_head=5, n_embd=16)
 
 
-def test_gpt_starts_as_gpt2_at_its_width():
-    for width in (96, 768):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(vocab_size=500, block_size=64, n_layer=2, n_head=2, n_embd=width))
-        scale = math.sqrt(768 / width)
-        for name, std in (("0.attn.c_attn", 0.02), ("1.mlp.c_fc", 0.02), ("0.mlp.c_proj", 0.02),
-                          ("1.mlp.c_proj", 0.01), ("1.attn.c_proj", 0.01)):
-            assert model.state_dict()[f"transformer.h.{name}.weight"].std().item() == pytest.approx(std * scale, rel=0.05)
-        assert model.lm_head.weight is model.transformer.wte.weight
-        assert model.lm_head.weight.std().item() == pytest.approx(0.02 * scale, rel=0.05)
-        table = model.transformer.wpe.weight                         # of sinusoids: one step is the same rotation everywhere
-        products = (table[:-1] * table[1:]).sum(dim=1)
-        torch.testing.assert_close(products, products[:1].expand(63))
-        first, last = table[:, :2] / (0.04 * scale), table[:, -2:] / (0.04 * scale)   # the shortest and the longest wavelength
-        torch.testing.assert_close(first[:4], torch.tensor([[0.0, 1], [1, 0], [0, -1], [-1, 0]]), atol=1e-5, rtol=0)
-        assert 0.97 < math.atan2(*last[63].tolist()) / (2 * math.pi * 63 / (4 * 64)) < 1.2
+@pytest.mark.parametrize("width", [96, 768])
+def test_gpt_starts_as_gpt2_at_its_width(width):
+    """Apart from what the docstring says: 1 / i, and positions that are sinusoids."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 500, n_layer=2, n_head=2, n_embd=width))
+    weights = model.state_dict()
+    scale = 0.02 * math.sqrt(768 / width)
+    for name, divisor in (
+        ("0.attn.c_attn", 1), ("1.mlp.c_fc", 1), ("0.mlp.c_proj", 1), ("1.mlp.c_proj", 2),
+        ("1.attn.c_proj", 2),
+    ):
+        std = weights[f"transformer.h.{name}.weight"].std().item()
+        assert std == pytest.approx(scale / divisor, rel=0.05)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.lm_head.weight.std().item() == pytest.approx(scale, rel=0.05)
+    table = model.transformer.wpe.weight / (2 * scale)
+    products = (table[:-1] * table[1:]).sum(dim=1)       # one step is the same rotation everywhere
+    torch.testing.assert_close(products, products[:1].expand(63))
+    shortest, longest = table[:4, :2], table[63, -2:]
+    expected = torch.tensor([[0.0, 1], [1, 0], [0, -1], [-1, 0]])
+    torch.testing.assert_close(shortest, expected, atol=1e-5, rtol=0)
+    turns = math.atan2(*longest.tolist()) / (2 * math.pi)
+    assert 0.97 < turns / (63 / (4 * 64)) < 1.2
+
+
+def small_mamba():
+    torch.manual_seed(0)
+    return Mamba(MambaConfig(vocab_size=14, n_layer=2, d_model=16, d_state=4))
+
+
+MIXER = {
+    "in_proj.weight": (64, 16), "conv1d.weight": (32, 1, 4), "conv1d.bias": (32,),
+    "x_proj.weight": (9, 32), "dt_proj.weight": (32, 1), "dt_proj.bias": (32,),
+    "A_log": (32, 4), "D": (32,), "out_proj.weight": (16, 32),
+}
+
+
+def test_mambas_weights_have_the_names_and_shapes_of_ours():
+    shapes = {
+        "backbone.embedding.weight": (14, 16), "backbone.norm_f.weight": (16,),
+        "lm_head.weight": (14, 16),
+    }
+    for i in (0, 1):
+        shapes[f"backbone.layers.{i}.norm.weight"] = (16,)
+        for name, shape in MIXER.items():
+            shapes[f"backbone.layers.{i}.mixer.{name}"] = shape
+    model = small_mamba()
+    assert shapes_of(model.state_dict()) == shapes
+    model.load_state_dict({name: torch.zeros(shape) for name, shape in shapes.items()})
 
 
 def test_mamba_is_mamba():
-    """Names and shapes as in state-spaces/mamba; the numbers, against the paper's equations on the raw weights."""
-    model = small("mamba").double()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    w, idx = model.state_dict(), tokens(1, 10)[0]
-    mixer = {"in_proj.weight": (64, 16), "conv1d.weight": (32, 1, 4), "conv1d.bias": (32,), "x_proj.weight": (9, 32),
-             "dt_proj.weight": (32, 1), "dt_proj.bias": (32,), "A_log": (32, 4), "D": (32,), "out_proj.weight": (16, 32)}
-    shapes = {f"backbone.layers.{i}.mixer.{name}": shape for i in (0, 1) for name, shape in mixer.items()}
-    shapes |= {f"backbone.layers.{i}.norm.weight": (16,) for i in (0, 1)}
-    shapes |= {"backbone.embedding.weight": (14, 16), "backbone.norm_f.weight": (16,), "lm_head.weight": (14, 16)}
-    assert {name: tuple(x.shape) for name, x in w.items()} == shapes
+    """The logits, against the paper's equations on the raw weights."""
+    model = small_mamba().double()
+    w, idx = shake(model), tokens(1, 10)[0]
 
     def norm(x, name):
         return x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt() * w[name + ".weight"]
 
     x = w["backbone.embedding.weight"][idx]
     for i in range(2):
-        p = {name: w[f"backbone.layers.{i}.mixer.{name}"] for name in mixer}
+        p = {name: w[f"backbone.layers.{i}.mixer.{name}"] for name in MIXER}
         u, z = (norm(x, f"backbone.layers.{i}.norm") @ p["in_proj.weight"].T).split(32, dim=1)
         padded = torch.cat([torch.zeros(3, 32), u])
-        u = F.silu(sum(padded[k:k + 10] * p["conv1d.weight"][:, 0, k] for k in range(4)) + p["conv1d.bias"])
+        u = sum(padded[k:k + 10] * p["conv1d.weight"][:, 0, k] for k in range(4))
+        u = F.silu(u + p["conv1d.bias"])
         dt, B, C = (u @ p["x_proj.weight"].T).split([1, 4, 4], dim=1)
-        y, _ = loop(*(y.T[None] for y in (u, dt @ p["dt_proj.weight"].T)), -torch.exp(p["A_log"]),
-                    *(y.T[None] for y in (B, C)), p["D"], z.T[None], p["dt_proj.bias"])
+        delta = dt @ p["dt_proj.weight"].T
+        y, _ = scan_in_numpy(
+            u.T[None], delta.T[None], -torch.exp(p["A_log"]), B.T[None], C.T[None], p["D"],
+            z.T[None], p["dt_proj.bias"], torch.zeros(1, 32, 4)
+        )
         x = x + y[0].T @ p["out_proj.weight"].T
     expected = norm(x, "backbone.norm_f") @ w["lm_head.weight"].T
-    torch.testing.assert_close(model(idx[None], all_logits=True)[0][0], expected)
+    torch.testing.assert_close(model(idx[None])[0][0], expected)
 
 
 def test_mamba_starts_as_the_original():
+    """Apart from the embedding, which begins larger."""
     torch.manual_seed(0)
     model = Mamba(MambaConfig(vocab_size=14, n_layer=4, d_model=512))
     mixer = model.backbone.layers[0].mixer
     torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 17).repeat(1024, 1))
-    log_dt = F.softplus(mixer.dt_proj.bias).log()                    # log-uniform: mean and variance of a uniform one
+    log_dt = F.softplus(mixer.dt_proj.bias).log()
     low, high = math.log(0.001), math.log(0.1)
     assert low - 1e-3 <= log_dt.min() and log_dt.max() <= high + 1e-3
-    assert abs(log_dt.mean() - (low + high) / 2) < 0.15 and abs(log_dt.var() / ((high - low) ** 2 / 12) - 1) < 0.15
+    assert abs(log_dt.mean() - (low + high) / 2) < 0.15  # mean and variance of a uniform one
+    assert abs(log_dt.var() / ((high - low) ** 2 / 12) - 1) < 0.15
     assert mixer.dt_proj.weight.abs().max() <= 32 ** -0.5 and mixer.D.eq(1).all()
-    bound = 1 / math.sqrt(1024) / math.sqrt(4)                       # of a linear layer's uniform weights, over sqrt(n_layer)
+    bound = 1 / math.sqrt(1024) / math.sqrt(4)           # of a linear layer, over sqrt(n_layer)
     assert 0.99 * bound < mixer.out_proj.weight.abs().max() <= bound
-    embedding = model.backbone.embedding.weight                      # this alone begins otherwise: larger
-    assert embedding is model.lm_head.weight and embedding.std().item() == pytest.approx(512 ** -0.5, rel=0.05)
-    groups = train.make_optimizer(model, {"lr": 1e-3, "weight_decay": 0.1}, torch.device("cpu")).param_groups
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    embedding = model.backbone.embedding.weight
+    assert embedding is model.lm_head.weight
+    assert embedding.std().item() == pytest.approx(512 ** -0.5, rel=0.05)
+
+
+def test_weight_decay_is_on_matrices_only():
+    model = small_mamba()
+    args = argparse.Namespace(lr=1e-3, weight_decay=0.1)
+    groups = train.make_optimizer(model, args, torch.device("cpu")).param_groups
+    decayed = set()
+    for group in groups:
+        if group["weight_decay"] > 0:
+            decayed.update(id(p) for p in group["params"])
     for name, p in model.named_parameters():
         assert (id(p) in decayed) == (p.dim() > 1 and "A_log" not in name), name
 
 
-# train.py: objectives and evaluation
+# ---- train.py: three ways to train, two phases of evaluation
 
-def objective(star=PathStar(2, 5, 10), n=50, **flags):
-    config = {"teacherless": False, "reverse": False, "only_first_hop": False} | flags
+
+def flags(**given):
+    """The flags of a run, for functions that need a few of them."""
+    args = train.make_parser().parse_args([])
+    for name, value in given.items():
+        setattr(args, name, value)
+    train.fill_in_defaults(args)
+    return args
+
+
+def graphs(n, star=SMALL_STAR):
+    """-> prefixes, paths, and the prompts and targets of teacher forcing"""
     prefixes, paths = data.draw(star, n, rng())
-    prompts, targets = train.prompts_and_targets(config, prefixes, paths)
-    dollar = star.dollar if config["teacherless"] else None
-    return prefixes, paths, prompts, targets, train.model_input(prompts, targets, dollar), train.loss_targets(prompts, targets)
+    return prefixes, paths, *train.prompts_and_targets(flags(), prefixes, paths)
 
 
-@pytest.mark.parametrize("flags", [{}, {"teacherless": True}, {"reverse": True}, {"teacherless": True, "reverse": True},
-                                   {"only_first_hop": True}])
-def test_what_is_fed_in_and_what_is_asked_for(flags):
-    prefixes, paths, prompts, targets, inputs, wanted = objective(**flags)
-    written = paths[:, ::-1] if "reverse" in flags else paths
-    fed = np.full_like(written, 13) if "teacherless" in flags else written
-    length, asked = inputs.shape[1], wanted.numpy().copy()
-    if "only_first_hop" in flags:
-        assert (inputs.numpy() == np.concatenate([prefixes, paths[:, :1]], axis=1)).all()
-        assert (asked[:, -1] == paths[:, 1]).all() and (asked[:, :-1] == -1).all()
-    else:
-        assert (inputs.numpy() == np.concatenate([prefixes, fed[:, :-1]], axis=1)).all()
-        assert (asked[:, -5:] == written).all() and (asked[:, :-5] == -1).all()
-    assert asked.shape[1] == length and (inputs[:, :prompts.shape[1]] == prompts).all()
+@pytest.mark.parametrize("objective", [
+    {}, {"teacherless": True}, {"reverse": True}, {"teacherless": True, "reverse": True},
+    {"only_first_hop": True},
+])
+def test_what_is_fed_in_and_what_is_to_be_predicted(objective):
+    prefixes, paths, _, _ = graphs(50)
+    args = flags(**objective)
+    inputs, targets = train.training_tokens(args, SMALL_STAR, prefixes, paths)
+    written = paths[:, ::-1] if args.reverse else paths
+    if args.only_first_hop:
+        written = paths[:, :2]
+    fed = np.full_like(written, 13) if args.teacherless else written
+    n = written.shape[1]
+    assert (inputs.numpy() == np.concatenate([prefixes, fed[:, :-1]], axis=1)).all()
+    assert (targets[:, -n:].numpy() == written).all()
+    assert (targets[:, :-n] == -1).all() and targets.shape == inputs.shape
 
 
 @every_model
 def test_teacherless_leaks_no_target(name):
-    """Change any target token: what the model reads, and so its logits, must not move. Teacher forced, they do."""
-    model, star = small(name), PathStar(2, 5, 10)
-    _, _, prompts, targets, _, _ = objective(star, 4)
-    for dollar in (star.dollar, None):
-        before, _ = model(train.model_input(prompts, targets, dollar), all_logits=True)
+    """Change any target: the teacherless logits do not move. Teacher forced, they do."""
+    model = small(name)
+    prefixes, paths, _, _ = graphs(4)
+    for teacherless in (True, False):
+        args = flags(teacherless=teacherless)
+        inputs, _ = train.training_tokens(args, SMALL_STAR, prefixes, paths)
+        before, _ = model(inputs)
         for i in range(4):
-            other = targets.clone()
+            other = paths.copy()
             other[:, i] = (other[:, i] + 1) % 10
-            after, _ = model(train.model_input(prompts, other, dollar), all_logits=True)
-            assert torch.equal(before, after) == (dollar is not None)
+            inputs, _ = train.training_tokens(args, SMALL_STAR, prefixes, other)
+            after, _ = model(inputs)
+            assert torch.equal(before, after) == teacherless
 
 
 class Cheat:
-    """Plays the Clever Hans cheat: takes the edge that leaves the last token; at the start, the first such in the list."""
+    """Plays the Clever Hans cheat: it takes the edge that leaves the last token.
+
+    At the start it takes the first such edge in the list, which leads to a random arm.
+    """
 
     def __init__(self, star):
         self.star = star
 
-    def new_cache(self):
-        return [{}]
-
-    def __call__(self, idx, cache, all_logits=False):
-        seen = cache[0]["seen"] = torch.cat([cache[0]["seen"], idx], dim=1) if cache[0] else idx
-        best = torch.zeros_like(seen)
-        P = self.star.prefix_len
-        for row, out in zip(seen.tolist(), best):
-            edges = list(zip(row[0:P - 3:3], row[1:P - 3:3]))
-            out[P - 1] = row[P - 3]
-            for t in range(P, len(row)):
+    def __call__(self, idx):
+        predicted = torch.zeros_like(idx)
+        prefix_len = self.star.prefix_len
+        for row, out in zip(idx.tolist(), predicted):
+            edges = data.edges_of(row[:prefix_len])
+            out[prefix_len - 1] = row[prefix_len - 3]
+            for t in range(prefix_len, len(row)):
                 out[t] = next((b for a, b in edges if a == row[t]), 0)
-        return F.one_hot(best[:, -idx.size(1) if all_logits else -1:], self.star.vocab_size).float(), None
+        return F.one_hot(predicted, self.star.vocab_size).float(), None
 
-    def generate(self, idx, n, cache):
-        tokens = [idx]
+    def generate(self, idx, n):
         for _ in range(n):
-            tokens.append(self(tokens[-1], cache)[0].argmax(dim=2))
-        return torch.cat(tokens, dim=1)
+            logits, _ = self(idx)
+            idx = torch.cat([idx, logits[:, -1:].argmax(dim=2)], dim=1)
+        return idx
+
+
+def test_the_two_phases_are_kept_apart():
+    """On the cheat. Forced, all nodes but the first hop are right. By itself it walks an arm."""
+    _, _, prompts, targets = graphs(400)
+    answers, forced = train.predict(Cheat(SMALL_STAR), prompts, targets)
+    result = train.summary(answers, forced, targets)
+    hop = result["forced_node_accuracy"][1]
+    assert 0.4 < hop < 0.6
+    assert result["forced_node_accuracy"] == [1, hop, 1, 1, 1]
+    assert result["node_accuracy"] == [1, hop, hop, hop, hop]
+    assert result["accuracy"] == result["forced_accuracy"] == hop
+    assert result["cheat_accuracy"] == 1
 
 
 @every_model
-def test_predict_is_the_plain_passes(name):
-    model, (_, _, prompts, targets, _, _) = small(name), objective(PathStar(2, 3, 10), 30)
-    own, forced = train.predict(model, prompts, targets, None, at_once=20)
-    assert torch.equal(own, model.generate(prompts, 3)[:, prompts.size(1):])
-    logits = model(train.model_input(prompts, targets), all_logits=True)[0]
-    assert torch.equal(forced, logits[:, prompts.size(1) - 1:].argmax(dim=2)) and not torch.equal(own, forced)
+def test_predictions_are_those_of_plain_passes(name):
+    """Also where the graphs fill more than one batch."""
+    model = small(name)
+    _, _, prompts, targets = graphs(train.EVAL_BATCH + 30)
+    answers, forced = train.predict(model, prompts, targets)
+    assert torch.equal(answers, model.generate(prompts, 5)[:, prompts.size(1):])
+    logits, _ = model(torch.cat([prompts, targets[:, :-1]], dim=1))
+    assert torch.equal(forced, logits[:, -5:].argmax(dim=2))
+    assert not torch.equal(answers, forced)
+    dollars = torch.full_like(targets, SMALL_STAR.dollar)
+    answers, forced = train.predict(model, prompts, targets, SMALL_STAR.dollar)
+    logits, _ = model(torch.cat([prompts, dollars[:, :-1]], dim=1))
+    assert torch.equal(answers, logits[:, -5:].argmax(dim=2)) and forced is None
 
 
-def test_phases_are_told_apart():
-    """On the cheat: forced, every node but the first hop is right; by its own inference it walks a real arm, at random."""
-    star = PathStar(2, 5, 10)
-    _, paths, prompts, targets, _, _ = objective(star, 400)
-    own, forced = train.predict(Cheat(star), prompts, targets, None, at_once=150)
-    result = train.summary(own, forced, targets)
-    hop = result["forced_node_accuracy"][1]
-    assert 0.4 < hop < 0.6 and result["forced_node_accuracy"] == [1, hop, 1, 1, 1] and result["forced_accuracy"] == hop
-    assert result["node_accuracy"] == [1, hop, hop, hop, hop] and result["accuracy"] == hop and result["cheat_accuracy"] == 1
-    some = targets.clone()
-    some[:100, 2] = some[50:150, 4] = some[:, 1] = -1                # 150 graphs with a later node wrong, the hop never right
-    assert train.summary(own, some, targets)["cheat_accuracy"] == 250 / 400
-    config = {"deg": 2, "n_test": 400, "only_first_hop": False, "reverse": False}
-    assert "Clever Hans" in train.verdict(result, config)
-    solved = train.summary(targets, targets, targets)
-    assert solved["accuracy"] == 1 and "solved" in train.verdict(solved, config)
-    nothing = train.summary(torch.zeros_like(targets) - 1, targets, targets)
-    assert nothing["accuracy"] == 0 and nothing["forced_accuracy"] == 1
-    assert "neither solved nor the cheat" in train.verdict(nothing, config)
-    assert train.summary(own, None, targets)["forced_node_accuracy"] is None
+def test_the_cheat_accuracy_counts_all_nodes_after_the_first_hop():
+    _, _, prompts, targets = graphs(400)
+    answers, forced = train.predict(Cheat(SMALL_STAR), prompts, targets)
+    wrong = targets.clone()
+    wrong[:, 1] = -1                                     # the first hop does not count
+    wrong[:100, 2] = -1
+    wrong[50:150, 4] = -1                                # 150 graphs with a wrong later node
+    assert train.summary(answers, forced, wrong)["cheat_accuracy"] == 250 / 400
+    result = train.summary(answers, None, targets)       # teacherless: no forced phase
+    assert result["forced_accuracy"] is None and result["cheat_accuracy"] is None
 
 
-def test_every_epoch_sees_every_graph_once():
-    seen = np.concatenate([data.batch_indices(20, 8, 0, it) for it in range(5)])
-    assert Counter(seen[:20].tolist()) == Counter(seen[20:].tolist()) == Counter(range(20))
-    assert seen[:20].tolist() != seen[20:].tolist()
+def test_verdicts():
+    _, _, prompts, targets = graphs(400)
+    answers, forced = train.predict(Cheat(SMALL_STAR), prompts, targets)
+    wrong = torch.full_like(targets, -1)
+    for answers, forced, given, says in (
+        (answers, forced, {}, "Clever Hans"),
+        (targets, targets, {}, "solved, the model finds the path"),
+        (wrong, targets, {}, "neither solved nor the cheat"),
+        (answers[:, :2], forced[:, :2], {"only_first_hop": True}, "indecipherable"),
+        (targets[:, :2], targets[:, :2], {"only_first_hop": True}, "finds the first hop"),
+    ):
+        result = train.summary(answers, forced, targets[:, :answers.size(1)])
+        assert says in train.verdict(result, flags(**given), 400)
 
 
-# train.py and sample.py, end to end
+# ---- train.py and sample.py, from the command line
 
-TINY = ("--n_layer", 1, "--n_embd", 16, "--n_train", 200, "--n_test", 20, "--batch_size", 8, "--max_iters", 6,
-        "--eval_interval", 3, "--device", "cpu")
-KEYS = ["iter", "examples", "elapsed_s", "train_loss", "lr", "cheat_accuracy", "accuracy", "node_accuracy", "forced_accuracy",
-        "forced_node_accuracy"]
-
-
-def call(monkeypatch, module, *flags):
-    """Runs a script in this process -> its exit code."""
-    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, flags)])
-    try:
-        module.main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
+TINY = (
+    "--n_layer", 1, "--n_embd", 16, "--n_train", 200, "--n_test", 20, "--batch_size", 8,
+    "--max_iters", 6, "--eval_interval", 3, "--device", "cpu",
+)
+KEYS = [
+    "iter", "examples", "elapsed_s", "train_loss", "lr", "accuracy", "node_accuracy",
+    "forced_accuracy", "forced_node_accuracy", "cheat_accuracy",
+]
 
 
 def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("flags", [
-    (), ("--model", "mamba"), ("--teacherless",), ("--model", "mamba", "--teacherless", "--d_state", 4), ("--reverse",),
-    ("--model", "mamba", "--reverse", "--teacherless"), ("--only_first_hop",), ("--n_train", 0, "--n_head", 2),
-    ("--deg", 3, "--path_len", 3, "--num_nodes", 12, "--lr", 0.01, "--weight_decay", 0, "--warmup_iters", 0, "--seed", 3),
-    ("--dtype", "bfloat16"), ("--model", "mamba", "--dtype", "bfloat16")])
-def test_tiny_runs(flags, monkeypatch, tmp_path, capsys):
+def read_ckpt(folder):
+    return torch.load(folder / "ckpt.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("given", [
+    (),
+    ("--model", "mamba"),
+    ("--teacherless",),
+    ("--model", "mamba", "--teacherless", "--d_state", 4),
+    ("--reverse",),
+    ("--model", "mamba", "--reverse", "--teacherless"),
+    ("--only_first_hop",),
+    ("--n_train", 0, "--n_head", 2),
+    ("--deg", 3, "--path_len", 3, "--num_nodes", 12, "--lr", 0.01, "--weight_decay", 0),
+    ("--dtype", "bfloat16"),
+    ("--model", "mamba", "--dtype", "bfloat16"),
+])
+def test_tiny_runs(given, monkeypatch, tmp_path, capsys):
+    """Each objective trains, writes a log and a checkpoint, and can be sampled."""
     out = tmp_path / "run"
-    assert call(monkeypatch, train, *TINY, *flags, "--out_dir", out) == 0
+    assert call(monkeypatch, train, *TINY, *given, "--out_dir", out) == 0
     header, *lines = read_log(out)
-    assert header.keys() == {"config", "versions", "machine"}
-    assert header["config"].keys() >= {flag[2:] for flag in (*TINY, *flags) if str(flag).startswith("--")}
-    assert [line["iter"] for line in lines] == [0, 3, 6] and [line["examples"] for line in lines] == [0, 24, 48]
+    assert list(header) == ["command", "config", "versions", "machine"]
+    assert header["command"].startswith("python train.py --n_layer 1 --n_embd 16")
+    assert [line["iter"] for line in lines] == [0, 3, 6]
+    assert [line["examples"] for line in lines] == [0, 24, 48]
+    n_targets = 2 if "--only_first_hop" in given else header["config"]["path_len"]
     for line in lines:
         assert list(line) == KEYS
-        assert (line["forced_accuracy"] is None) == ("--teacherless" in flags)
-        targets = 1 if "--only_first_hop" in flags else header["config"]["path_len"]
-        assert len(line["node_accuracy"]) == targets
-    assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "log.jsonl"]
-    ckpt = torch.load(out / "ckpt.pt", weights_only=True)
-    assert ckpt["config"] == header["config"] and ckpt["iter"] == 6
-    printed = capsys.readouterr().out
-    assert "where guessing an arm gives" in printed.splitlines()[-1]
+        assert (line["forced_accuracy"] is None) == ("--teacherless" in given)
+        assert len(line["node_accuracy"]) == n_targets
+    assert sorted(path.name for path in out.iterdir()) == ["ckpt.pt", "log.jsonl"]
+    assert read_ckpt(out)["log"] == [header, *lines]
+    assert "where guessing an arm gives" in capsys.readouterr().out.splitlines()[-1]
 
     assert call(monkeypatch, sample, "--out_dir", out, "--num_graphs", 30) == 0
     printed = capsys.readouterr().out
-    assert printed.count("  answer") == 3 and "a real arm" in printed and "path accuracy" in printed
+    assert printed.count("  answer") == 3
+    assert "a real arm" in printed and "path accuracy" in printed
 
 
-def test_flags_of_the_loop_do_what_they_say(monkeypatch, tmp_path):
-    """The learning rate rises and falls, steps depend on it and on weight decay, and the seed changes everything."""
-    def weights(name, *flags):
-        assert call(monkeypatch, train, *TINY, *flags, "--out_dir", tmp_path / name) == 0
-        return torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["model"]["lm_head.weight"]
+def test_flags_do_what_they_say(monkeypatch, tmp_path):
+    """Learning rate, warm-up, weight decay, seed, fresh data and dtype change the weights."""
+    def weights(name, *given):
+        out = tmp_path / name
+        assert call(monkeypatch, train, *TINY, "--warmup_iters", 5, *given, "--out_dir", out) == 0
+        return read_ckpt(out)["model"]["lm_head.weight"]
 
-    base = weights("base", "--warmup_iters", 5)
-    assert torch.equal(base, weights("same", "--warmup_iters", 5))
-    for i, flags in enumerate((("--lr", 0.1), ("--weight_decay", 0.9), ("--seed", 1), ("--n_train", 0), ("--warmup_iters", 0),
-                               ("--dtype", "bfloat16"))):
-        assert not torch.equal(base, weights(f"other{i}", "--warmup_iters", 5, *flags)), flags
-    weights("schedule", "--warmup_iters", 3, "--max_iters", 12, "--eval_interval", 1)
-    lr = [line["lr"] / 1e-3 for line in read_log(tmp_path / "schedule")[1:]]
-    assert lr == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4, 0])
+    base = weights("base")
+    assert torch.equal(base, weights("same"))
+    for i, given in enumerate((
+        ("--lr", 0.1), ("--weight_decay", 0.9), ("--seed", 1), ("--n_train", 0),
+        ("--warmup_iters", 0), ("--dtype", "bfloat16"),
+    )):
+        assert not torch.equal(base, weights(f"other{i}", *given)), given
 
 
-def test_stops_when_solved(monkeypatch, tmp_path, capsys):
+def test_learning_rate_rises_and_falls():
+    args = argparse.Namespace(lr=1.0, warmup_iters=3, max_iters=12)
+    rates = [train.learning_rate(args, step) for step in range(13)]
+    rise, fall = [1 / 4, 2 / 4, 3 / 4], [3 / 4, 2 / 4, 1 / 4, 0]
+    assert rates == pytest.approx(rise + [1] * 6 + fall)
+
+
+def test_a_run_stops_when_the_task_is_solved(monkeypatch, tmp_path, capsys):
     """With one arm of one edge there is nothing to plan."""
-    out = tmp_path / "run"
-    assert call(monkeypatch, train, "--model", "mamba", "--deg", 1, "--path_len", 2, "--num_nodes", 20, "--n_train", 0,
-                "--n_test", 50, "--n_layer", 1, "--n_embd", 32, "--batch_size", 64, "--lr", 0.01,
-                "--eval_interval", 25, "--out_dir", out) == 0
-    last = read_log(out)[-1]
-    assert last["accuracy"] >= 0.995 and last["iter"] < 2200 and "solved" in capsys.readouterr().out
+    assert call(
+        monkeypatch, train, "--model", "mamba", "--deg", 1, "--path_len", 2, "--num_nodes", 20,
+        "--n_train", 0, "--n_test", 50, "--n_layer", 1, "--n_embd", 32, "--batch_size", 64,
+        "--lr", 0.01, "--max_iters", 3000, "--eval_interval", 25, "--out_dir", tmp_path
+    ) == 0
+    last = read_log(tmp_path)[-1]
+    assert last["accuracy"] >= 0.995 and last["iter"] < 2200
+    assert "solved" in capsys.readouterr().out
 
 
-def same_run(one, two):
-    """The same weights, optimizer state and log, but for the time that it took."""
-    a, b = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (one, two))
-    leaves = [torch.utils._pytree.tree_leaves((ckpt["model"], ckpt["optimizer"]["state"])) for ckpt in (a, b)]
-    for x, y in zip(*leaves, strict=True):
-        assert torch.equal(torch.as_tensor(x), torch.as_tensor(y))
-    assert a["iter"] == b["iter"] and a["result"] == b["result"]
-    logs = [[line | {"elapsed_s": 0} for line in read_log(folder)[1:]] for folder in (one, two)]
-    assert logs[0] == logs[1] and [line["iter"] for line in logs[0]] == sorted({line["iter"] for line in logs[0]})
+def assert_same_run(one, two):
+    """The same weights, optimizer state and log to the bit, but for the time that it took."""
+    a, b = read_ckpt(one), read_ckpt(two)
+    for part in ("model", "optimizer"):
+        for x, y in zip(tree_leaves(a[part]), tree_leaves(b[part]), strict=True):
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+    logs = []
+    for folder in (one, two):
+        _, *lines = read_log(folder)
+        logs.append([line | {"elapsed_s": 0} for line in lines])
+    steps = [line["iter"] for line in logs[0]]
+    assert logs[0] == logs[1] and steps == sorted(set(steps))
 
 
 @pytest.mark.parametrize("model", ["gpt", "mamba"])
-@pytest.mark.parametrize("flags", [(), ("--teacherless",), ("--reverse",), ("--only_first_hop",), ("--n_train", 0)])
-def test_resume_is_exact(model, flags, monkeypatch, tmp_path, capsys):
-    """Interrupted after step 4 by a signal, killed while it saves at step 6, and then finished."""
-    flags, whole, parts = ("--model", model, *flags, "--max_iters", 9), tmp_path / "whole", tmp_path / "parts"
-    assert call(monkeypatch, train, *TINY, *flags, "--out_dir", whole) == 0
-    real, steps = torch.nn.utils.clip_grad_norm_, []
+@pytest.mark.parametrize("objective", [
+    (), ("--teacherless",), ("--reverse",), ("--only_first_hop",), ("--n_train", 0)
+])
+def test_a_killed_run_resumes_to_the_bit(model, objective, monkeypatch, tmp_path, capsys):
+    """Killed in step 5; then while it saves at step 6; then between checkpoint and log."""
+    given = (*TINY, "--model", model, *objective, "--max_iters", 9)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call(monkeypatch, train, *given, "--out_dir", whole) == 0
 
-    def interrupted(*args):
-        steps.append(args)
-        if len(steps) == 4:
-            train.SIGNALS.append(signal.SIGTERM)
-        return real(*args)
+    class Killed(BaseException):
+        pass
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
-        patch.setattr(train, "SIGNALS", [])
-        assert call(patch, train, *TINY, *flags, "--out_dir", parts) == 143
-    assert "interrupted after step 4: python train.py --resume" in capsys.readouterr().out
-    assert torch.load(parts / "ckpt.pt", weights_only=True)["iter"] == 4
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda old, new:
-                      (_ for _ in ()).throw(KeyboardInterrupt) if "ckpt" in new else os.rename(old, new))
-        with pytest.raises(KeyboardInterrupt):
-            call(patch, train, "--resume", "--out_dir", parts)
-    with open(parts / "log.jsonl", "a") as f:                        # lines that the checkpoint knows nothing of
-        f.write(json.dumps(read_log(parts)[-1] | {"iter": 9}) + '\n{"iter": 12, "exam')
-    assert call(monkeypatch, train, "--resume", "--out_dir", parts) == 0
-    same_run(whole, parts)
-    files = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in parts.iterdir() if path.suffix != ".tmp"}
-    capsys.readouterr()
-    assert call(monkeypatch, train, "--resume", "--out_dir", parts) == 0 and "finished at step 9" in capsys.readouterr().err
-    assert files == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
-    assert call(monkeypatch, train, "--resume", "--out_dir", parts, "--lr", 0.5) == 2
-    assert call(monkeypatch, train, "--resume", "--out_dir", parts, "--max_iters", 12) == 0
-    header, *lines = read_log(parts)
-    assert [line["iter"] for line in lines] == [0, 3, 6, 9, 12] and header["config"]["max_iters"] == 12
+    clip, replace = torch.nn.utils.clip_grad_norm_, os.replace
+    steps = []
+
+    def kill_in_step_5(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            raise Killed
+        return clip(*args)
+
+    def kill_in_save(old, new):
+        if new.endswith("ckpt.pt"):
+            raise Killed
+        return replace(old, new)
+
+    def kill_before_log(old, new):
+        if new.endswith("log.jsonl") and read_ckpt(parts)["log"][-1]["iter"] == 6:
+            raise Killed
+        return replace(old, new)
+
+    for owner, name, killer, flags in (
+        (torch.nn.utils, "clip_grad_norm_", kill_in_step_5, (*given, "--out_dir", parts)),
+        (os, "replace", kill_in_save, ("--resume", parts)),
+        (os, "replace", kill_before_log, ("--resume", parts)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killer)
+            with pytest.raises(Killed):
+                call(patch, train, *flags)
+    assert read_log(parts)[-1]["iter"] == 3 and read_ckpt(parts)["log"][-1]["iter"] == 6
+    assert call(monkeypatch, train, "--resume", parts) == 0
+    assert_same_run(whole, parts)
+
+    files = {path: path.read_bytes() for path in parts.iterdir()}
+    assert call(monkeypatch, train, "--resume", parts) == 0     # it is finished: nothing changes
+    assert files == {path: path.read_bytes() for path in parts.iterdir()}
+    assert "where guessing an arm gives" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_resume_before_the_first_checkpoint(monkeypatch, tmp_path):
-    assert call(monkeypatch, train, *TINY, "--reverse", "--out_dir", tmp_path / "whole") == 0
-    assert call(monkeypatch, train, *TINY, "--reverse", "--out_dir", tmp_path / "parts") == 0
-    (tmp_path / "parts" / "ckpt.pt").unlink()
-    assert call(monkeypatch, train, "--resume", "--out_dir", tmp_path / "parts") == 0
-    same_run(tmp_path / "whole", tmp_path / "parts")
+def test_a_finished_run_can_go_further(finished, monkeypatch, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    assert call(monkeypatch, train, "--resume", out, "--max_iters", 12) == 0
+    header, *lines = read_log(out)
+    assert [line["iter"] for line in lines] == [0, 3, 6, 9, 12]
+    assert header["config"]["max_iters"] == 12
 
 
-def test_a_run_is_not_overwritten(monkeypatch, tmp_path, capsys):
+def test_resume_keeps_the_settings(finished, monkeypatch, capsys):
+    for given in (("--lr", 0.5), ("--out_dir=x",), ("--seed", 0)):
+        assert call(monkeypatch, train, "--resume", finished, *given) == 2
+        assert is_one_line(capsys.readouterr(), "omit " + given[0].split("=")[0])
+
+
+def test_nothing_is_overwritten(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    names = set()
-    for flags in ((), ("--reverse",), ("--model", "mamba"), ("--seed", 1), ("--num_nodes", 11), ("--teacherless",),
-                  ("--n_train", 0), ("--lr", 0.5)):
-        assert call(monkeypatch, train, *TINY, *flags, "--max_iters", 1) == 0
-        names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert len(names) == 8
-    assert call(monkeypatch, train, *TINY, "--lr", 0.5, "--max_iters", 1, "--resume") == 0
+    assert call(monkeypatch, train, *TINY, "--max_iters", 3) == 0
+    [out] = (tmp_path / "out").iterdir()
+    assert out.name == "gpt-teacher_forced-deg2-len5-seed0"
+    files = {path: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
     assert call(monkeypatch, train, *TINY) == 2
-    assert "holds a run already: --resume" in capsys.readouterr().err
-    (tmp_path / "out").rename(tmp_path / "moved")
-    assert call(monkeypatch, train, *TINY, "--max_iters", 6) == 0
-    assert call(monkeypatch, train, *TINY, "--max_iters", 3, "--overwrite") == 0
-    [out] = (tmp_path / "out").iterdir()
-    assert [line["iter"] for line in read_log(out)[1:]] == [0, 3]
+    assert is_one_line(capsys.readouterr(), f"--resume {out.relative_to(tmp_path)} goes on")
+    (out / "ckpt.pt").rename(tmp_path / "kept")                 # a log alone is a record, too
+    assert call(monkeypatch, train, *TINY) == 2
+    (tmp_path / "kept").rename(out / "ckpt.pt")
+    assert files == {path: path.read_bytes() for path in out.iterdir()}
+    assert call(monkeypatch, train, *TINY, "--overwrite") == 0
+    assert [line["iter"] for line in read_log(out)[1:]] == [0, 3, 6]
+    for given in (("--reverse",), ("--model", "mamba"), ("--seed", 1), ("--teacherless",)):
+        assert call(monkeypatch, train, *TINY, *given) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 5
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @every_model
 def test_compiled_run_equals_eager(name, monkeypatch, tmp_path):
-    for flag in ((), ("--compile",)):
-        assert call(monkeypatch, train, *TINY, "--model", name, "--out_dir", tmp_path / str(len(flag)), *flag) == 0
-    for a, b in zip(read_log(tmp_path / "0")[2:], read_log(tmp_path / "1")[2:]):
+    for folder, given in (("eager", ()), ("compiled", ("--compile",))):
+        given = (*TINY, "--model", name, *given, "--out_dir", tmp_path / folder)
+        assert call(monkeypatch, train, *given) == 0
+    for a, b in zip(read_log(tmp_path / "eager")[2:], read_log(tmp_path / "compiled")[2:]):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
 
 
+# A program that trains, and writes down the inputs of each training step of each process.
 RECORDER = """
 import json, os, sys
-sys.path.insert(0, HERE)
+sys.path.insert(0, {here!r})
 import train
 build_model = train.build_model
 
@@ -881,37 +1324,50 @@ def recorded(*args):
     model = build_model(*args)
     forward = model.forward
 
-    def seen(idx, targets=None, **options):
+    def seen(idx, targets=None):
         if targets is not None:
-            print(json.dumps(idx.tolist()), file=open(FOLDER + "/rank" + os.environ.get("RANK", ""), "a"))
-        return forward(idx, targets, **options)
+            with open({folder!r} + "/rank" + os.environ.get("RANK", ""), "a") as file:
+                print(json.dumps(idx.tolist()), file=file)
+        return forward(idx, targets)
     model.forward = seen
     return model
 
 train.build_model = recorded
 train.main()
 """
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 @every_model
 def test_two_processes_follow_one(name, tmp_path):
     """The same loss, from disjoint halves of the same batches."""
-    script, torchrun = tmp_path / "recorder.py", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    script.write_text(f"HERE, FOLDER = {str(HERE)!r}, {str(tmp_path)!r}\n{RECORDER}")
-    for folder, options in (("one", ()), ("two", torchrun)):
-        command = (sys.executable, *options, script, *TINY, "--model", name, "--n_train", 200 if name == "gpt" else 0,
-                   "--batch_size", 16, "--out_dir", tmp_path / folder)
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+    script = tmp_path / "recorder.py"
+    script.write_text(RECORDER.format(here=str(HERE), folder=str(tmp_path)))
+    given = (*TINY, "--model", name, "--n_train", 200 if name == "gpt" else 0, "--batch_size", 16)
+    for folder, python in (("one", (sys.executable,)), ("two", TORCHRUN)):
+        command = [*python, script, *given, "--out_dir", tmp_path / folder]
+        result = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, env=ONE_THREAD
+        )
         assert result.returncode == 0, result.stderr
-    for a, b in zip(read_log(tmp_path / "one")[2:], read_log(tmp_path / "two")[2:], strict=True):
+    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
+    for a, b in zip(one[2:], two[2:], strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
-    whole, *parts = ([json.loads(line) for line in (tmp_path / f"rank{rank}").read_text().splitlines()] for rank in ("", 0, 1))
-    assert len(whole) == 6 and all(sorted(a) == sorted(b + c) for a, b, c in zip(whole, *parts, strict=True))
+    batches = []
+    for rank in ("", "0", "1"):
+        lines = (tmp_path / f"rank{rank}").read_text().splitlines()
+        batches.append([json.loads(line) for line in lines])
+    assert len(batches[0]) == 6
+    for whole, half, other_half in zip(*batches, strict=True):
+        assert sorted(whole) == sorted(half + other_half)
+
+
+# ---- sample.py
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
+    """The folder of a finished tiny run."""
     out = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert call(monkeypatch, train, *TINY, "--out_dir", out) == 0
@@ -919,33 +1375,50 @@ def finished(tmp_path_factory):
 
 
 def test_sample_on_files_and_prompts(finished, monkeypatch, tmp_path, capsys):
-    star = PathStar(2, 5, 10)
-    lines = list(data.text(star, *data.draw(star, 4, rng())))
-    (tmp_path / "graphs.txt").write_text("\n".join(lines))
-    assert call(monkeypatch, sample, "--out_dir", finished, "--file", tmp_path / "graphs.txt") == 0
+    lines = lines_of(SMALL_STAR, *data.draw(SMALL_STAR, 4, rng()))
+    file = tmp_path / "graphs.txt"
+    file.write_text("\n".join(lines))
+    assert call(monkeypatch, sample, "--out_dir", finished, "--file", file) == 0
     printed = capsys.readouterr().out
     assert "on 4 graphs" in printed
     for line in lines[:3]:
-        assert "%" + " ->".join(f"{node:>5}" for node in line.split("=")[1].split(",")) + "\n" in printed
-    assert call(monkeypatch, sample, "--out_dir", finished, "--prompt", lines[0].split("=")[0] + "=") == 0
+        path = line.split("=")[1].split(",")
+        assert "%" + " ->".join(f"{node:>5}" for node in path) + "\n" in printed
+    prompt = lines[0].split("=")[0] + "="
+    assert call(monkeypatch, sample, "--out_dir", finished, "--prompt", prompt) == 0
     assert "on 1 graphs" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [(), ("--reverse",), ("--only_first_hop",)])
-def test_sample_knows_a_right_answer(flags, monkeypatch, tmp_path, capsys):
-    assert call(monkeypatch, train, *TINY, *flags, "--out_dir", tmp_path / "run") == 0
+@pytest.mark.parametrize("objective", [(), ("--reverse",), ("--only_first_hop",)])
+def test_sample_knows_a_right_answer(objective, monkeypatch, tmp_path, capsys):
+    assert call(monkeypatch, train, *TINY, *objective, "--out_dir", tmp_path / "run") == 0
     capsys.readouterr()
-    monkeypatch.setattr(sample, "predict", lambda model, prompts, targets, dollar: (targets, targets))
+    monkeypatch.setattr(sample, "predict", lambda model, prompts, targets, _: (targets, targets))
     assert call(monkeypatch, sample, "--out_dir", tmp_path / "run", "--num_graphs", 100) == 0
     printed = capsys.readouterr().out
-    assert printed.count("        right\n") == 3 and "a real arm         100.0%" in printed and "solved" in printed
+    assert printed.count("        right\n") == 3
+    assert "a real arm         100.0%" in printed and "solved" in printed
+
+
+def probabilities_of(*rows):
+    """(places, tokens), from {token: probability} for each place"""
+    p = torch.zeros(len(rows), 10)
+    for place, row in enumerate(rows):
+        for token, share in row.items():
+            p[place, token] = share
+    return p
+
+
+# start 1, goal 5: the arm 1 4 5 is right
+PREFIX = [1, 2, 10, 4, 5, 10, 1, 4, 10, 2, 3, 12, 1, 5, 11]
 
 
 def test_sample_marks_where_the_answer_leaves_the_path(capsys):
-    arms = [[1, 2, 3], [1, 4, 5]]
-    wrong = sample.explain(arms, [1, 4, 5], [1, 2, 3], [0.99, 0.5, 1], [1, 2, 5], {2: 0.5, 4: 0.25})
-    assert wrong["leaves_at"] == 1 and wrong["real_arm"] and wrong["arms"] == arms[::-1] and wrong["first_hop"] == [0.25, 0.5]
-    sample.show(wrong, columns=40)
+    p = probabilities_of({1: 0.99}, {2: 0.5, 4: 0.25}, {3: 1})
+    graph = sample.explain(PREFIX, [1, 4, 5], [1, 2, 3], [1, 2, 5], p, flags())
+    assert graph["leaves_at"] == 1 and graph["real_arm"]
+    assert graph["arms"] == [[1, 4, 5], [1, 2, 3]] and graph["first_hop"] == [0.25, 0.5]
+    sample.show(graph, pause=0)
     assert capsys.readouterr().out.splitlines() == [
         "P(hop 1)    from 1 to 5",
         "   25.0%    1 ->    4 ->    5",
@@ -953,102 +1426,230 @@ def test_sample_marks_where_the_answer_leaves_the_path(capsys):
         "  answer    1 ->  [2] ->  [3]",
         "    sure  99%     50%    100%",
         "  forced    1 ->  [2] ->    5",
-        "        wrong: leaves the path at node",
-        "        2, where 4 is right, and walks",
-        "        another arm"]
-    sample.show(wrong, columns=20, color=True)                       # one node fits; right ones are green, wrong ones red
-    assert capsys.readouterr().out.splitlines()[7:10] == [
-        "  answer\033[32m    1\033[0m", "        \033[31m  [2]\033[0m", "        \033[31m  [3]\033[0m"]
-    right = sample.explain(arms, [1, 4, 5], [1, 4, 5], [1, 1, 1], None, {2: 0, 4: 1})
-    assert right["leaves_at"] is None and right["real_arm"]
-    assert not sample.explain(arms, [1, 4, 5], [1, 2, 5], [1, 1, 1], None, {2: 0, 4: 1})["real_arm"]
-    sample.show(right)
-    assert capsys.readouterr().out.splitlines()[3:] == ["  answer    1 ->    4 ->    5", "    sure 100%    100%    100%",
-                                                        "        right"]
+        "        wrong: leaves the path at node 2, where 4 is right, and walks another arm",
+        "",
+    ]
+    p = probabilities_of({1: 1}, {4: 1}, {5: 1})
+    graph = sample.explain(PREFIX, [1, 4, 5], [1, 4, 5], None, p, flags(teacherless=True))
+    assert graph["leaves_at"] is None and graph["real_arm"] and graph["forced"] is None
+    sample.show(graph, pause=0)
+    assert capsys.readouterr().out.splitlines()[3:] == [
+        "  answer    1 ->    4 ->    5", "    sure 100%    100%    100%", "        right", ""
+    ]
+    p = probabilities_of({1: 1}, {2: 1}, {5: 1})
+    assert not sample.explain(PREFIX, [1, 4, 5], [1, 2, 5], None, p, flags())["real_arm"]
 
 
-@pytest.mark.parametrize("flags", [(), ("--teacherless",), ("--reverse",), ("--only_first_hop",), ("--model", "mamba")])
-def test_the_probabilities_of_a_sample(flags, monkeypatch, tmp_path, capsys):
-    """What `sample.py --json` says the model gave each node, against one pass for each token."""
-    assert call(monkeypatch, train, *TINY, *flags, "--out_dir", tmp_path / "run") == 0
+def test_sample_turns_reversed_answers_around():
+    p = probabilities_of({5: 0.9}, {4: 0.8, 2: 0.1}, {1: 0.7})
+    graph = sample.explain(PREFIX, [1, 4, 5], [5, 4, 1], [5, 4, 2], p, flags(reverse=True))
+    assert graph["answer"] == [1, 4, 5] and graph["forced"] == [2, 4, 5]
+    assert graph["sure"] == pytest.approx([0.7, 0.8, 0.9])
+    assert graph["first_hop"] == pytest.approx([0.8, 0.1])
+
+
+@pytest.mark.parametrize("objective", [
+    (), ("--teacherless",), ("--reverse",), ("--only_first_hop",), ("--model", "mamba")
+])
+def test_probabilities_of_a_sample(objective, monkeypatch, tmp_path, capsys):
+    """What `sample.py --json` says the model gives each node, against one pass for each."""
+    out = tmp_path / "run"
+    assert call(monkeypatch, train, *TINY, *objective, "--out_dir", out) == 0
     capsys.readouterr()
-    assert call(monkeypatch, sample, "--out_dir", tmp_path / "run", "--num_graphs", 5, "--show", 2, "--json") == 0
+    given = ("--out_dir", out, "--num_graphs", 5, "--show", 2, "--json")
+    assert call(monkeypatch, sample, *given) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["num_graphs"] == 5 and printed["verdict"] is None and len(printed["graphs"]) == 2
-    _, star, model = train.load_run(tmp_path / "run")
-    for graph, prefix in zip(printed["graphs"], data.draw(star, 5, rng([0, 4]))[0].tolist()):
-        assert graph["path"] in graph["arms"] and all([prefix[-3], arm[1]] in [prefix[i:i + 2] for i in range(0, 24, 3)]
-                                                      for arm in graph["arms"])
+    assert printed["num_graphs"] == 5 and printed["verdict"] is None
+    assert len(printed["graphs"]) == 2
+    _, _, star, model = train.load_checkpoint(out)
+    prefixes, _ = data.draw(star, 5, rng([0, 4]))
+    for graph, prefix in zip(printed["graphs"], prefixes.tolist()):
         written, hop = graph["answer"], 1
-        if "--reverse" in flags:
+        if "--reverse" in objective:
             written, hop = written[::-1], 3
         rows = []
         for i in range(len(written)):
-            before = [star.dollar] * i if "--teacherless" in flags else written[:i]
-            rows.append(model(torch.tensor([prefix + before]))[0][0, -1].softmax(0))
-        sure = [row[node].item() for row, node in zip(rows, written)]
-        if "--only_first_hop" in flags:
-            sure[0] = 1                                              # the start is given
-        assert graph["sure"] == pytest.approx(sure[::-1] if "--reverse" in flags else sure, abs=1e-5)
-        assert graph["first_hop"] == pytest.approx([rows[hop][arm[1]].item() for arm in graph["arms"]], abs=1e-5)
-        assert (graph["forced"] is None) == (flags in (("--teacherless",), ("--only_first_hop",)))
+            before = [star.dollar] * i if "--teacherless" in objective else written[:i]
+            logits, _ = model(torch.tensor([prefix + before]))
+            rows.append(logits[0, -1].softmax(0).tolist())
+        sure = [row[node] for row, node in zip(rows, written)]
+        if "--reverse" in objective:
+            sure = sure[::-1]
+        assert graph["sure"] == pytest.approx(sure, abs=1e-5)
+        first_hop = [rows[hop][arm[1]] for arm in graph["arms"]]
+        assert graph["first_hop"] == pytest.approx(first_hop, abs=1e-5)
+        assert (graph["forced"] is None) == ("--teacherless" in objective)
 
 
-@pytest.mark.parametrize("flags, says", [
-    (("--model", "rnn"), "invalid choice"), (("--n_embed", 3), "unrecognized arguments"), (("--lr", "x"), "invalid float"),
-    (("--d_state", 4), "--d_state is not a setting of --model gpt"), (("--model", "mamba", "--n_head", 2), "--n_head is not"),
-    (("--n_embd", 30), "multiple of n_head"), (("--num_nodes", 8), "num_nodes must be at least 9"),
-    (("--deg", 0), "--deg must be positive"), (("--batch_size", 0), "--batch_size must be positive"),
-    (("--seed", -1), "--seed must not be negative"), (("--lr", "nan"), "--lr must be positive"),
-    (("--lr", "inf"), "--lr must be positive"),
-    (("--train_file", ""), "No such file"), (("--device", "meta"), "--device meta"), (("--n_test", 10 ** 12), "only"),
-    (("--only_first_hop", "--teacherless"), "--only_first_hop"), (("--only_first_hop", "--reverse"), "--only_first_hop"),
-    (("--deg", 1, "--path_len", 2, "--num_nodes", 3), "only 6 different graphs"), (("--train_file", "missing"), "No such file"),
-    (("--device", "cuda:99"), "--device cuda:99"), (("--device", "abacus"), "--device abacus"),
-    (("--dtype", "float16"), "invalid choice"), (("--resume",), "No such file")])
-def test_bad_flags(flags, says, monkeypatch, tmp_path, capsys):
+# ---- What is refused, and what stops a run
+
+
+@pytest.mark.parametrize("given, says", [
+    (("--model", "rnn"), "invalid choice"),
+    (("--n_embed", 3), "unrecognized arguments"),
+    (("--lr", "x"), "argument --lr: invalid"),
+    (("--d_state", 4), "--d_state is not a setting of --model gpt"),
+    (("--model", "mamba", "--n_head", 2), "--n_head is not"),
+    (("--n_embd", 30), "multiple of n_head"),
+    (("--num_nodes", 8), "num_nodes must be at least 9"),
+    (("--deg", 0), "argument --deg: must be at least 1"),
+    (("--batch_size", 0), "argument --batch_size: must be at least 1"),
+    (("--seed", -1), "argument --seed: must not be negative"),
+    (("--lr", "nan"), "argument --lr: must be positive"),
+    (("--lr", "inf"), "argument --lr: must be positive"),
+    (("--weight_decay", -1), "argument --weight_decay: must be finite and not negative"),
+    (("--train_file", ""), "No such file"),
+    (("--train_file", "missing"), "No such file"),
+    (("--train_file", "missing", "--n_train", 0), "omit --train_file"),
+    (("--device", "meta"), "--device meta"),
+    (("--device", "cuda:99"), "--device cuda:99"),
+    (("--device", "abacus"), "--device abacus"),
+    (("--dtype", "float16"), "invalid choice"),
+    (("--n_test", 10 ** 12), "only"),
+    (("--only_first_hop", "--teacherless"), "--only_first_hop"),
+    (("--only_first_hop", "--reverse"), "--only_first_hop"),
+    (("--deg", 1, "--path_len", 2, "--num_nodes", 3), "only 6 different graphs"),
+    (("--resume", "missing"), "No such file"),
+])
+def test_bad_flags_are_refused_in_one_line(given, says, monkeypatch, tmp_path, capsys):
+    """With exit code 2, before anything is written."""
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, train, *flags) == 2
+    assert call(monkeypatch, train, *given) == 2
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1 and says in printed.err, printed.err
+    assert is_one_line(printed, says), printed.err
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_files_prompts_and_checkpoints(finished, monkeypatch, tmp_path, capsys):
-    (tmp_path / "graphs.txt").write_text(LINE)
-    for name in ("truncated", "other", "renamed", "empty", "strange"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "empty" / "ckpt.pt").write_bytes(b"")
+def test_a_script_refuses_in_one_line():
+    """As a user sees it, in a process of its own."""
+    for script, given, says in (
+        ("train.py", ("--num_nodes", 3), "train.py: error: num_nodes must be at least 9"),
+        ("data.py", ("--deg", -1), "data.py: error: deg must be at least 1"),
+        ("data.py", ("-n", -1), "data.py: error: argument -n: must not be negative"),
+        ("sample.py", (), "--out_dir"),
+    ):
+        result = run(script, *given)
+        assert result.returncode == 2 and result.stdout == ""
+        assert result.stderr.count("\n") == 1 and says in result.stderr, result.stderr
+
+
+def damaged_checkpoints(finished, tmp_path):
+    """-> folders with a ckpt.pt that is not one of train.py"""
     whole = (finished / "ckpt.pt").read_bytes()
-    (tmp_path / "truncated" / "ckpt.pt").write_bytes(whole[:len(whole) // 2])
-    torch.save({"weights": torch.zeros(2)}, tmp_path / "other" / "ckpt.pt")
-    ckpt = torch.load(finished / "ckpt.pt", weights_only=True)
-    torch.save(ckpt | {"model": {}}, tmp_path / "renamed" / "ckpt.pt")
-    torch.save(ckpt | {"config": ckpt["config"] | {"model": "rnn"}}, tmp_path / "strange" / "ckpt.pt")
-    for name in ("truncated", "other", "renamed", "empty", "strange", "none"):
-        for module, flags in ((sample, ()), (train, ("--resume",))):
-            assert call(monkeypatch, module, *flags, "--out_dir", tmp_path / name) == 2
+    ckpt = read_ckpt(finished)
+    strange_header = ckpt["log"][0] | {"config": ckpt["log"][0]["config"] | {"n_layer": "x"}}
+    contents = {
+        "empty": b"",
+        "truncated": whole[:len(whole) // 2],
+        "other": {"weights": torch.zeros(2)},
+        "renamed": ckpt | {"model": {}},
+        "strange": ckpt | {"log": [strange_header, *ckpt["log"][1:]]},
+    }
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        if isinstance(content, bytes):
+            (tmp_path / name / "ckpt.pt").write_bytes(content)
+        else:
+            torch.save(content, tmp_path / name / "ckpt.pt")
+    return [tmp_path / name for name in contents]
+
+
+def test_bad_checkpoints_are_refused_in_one_line(finished, monkeypatch, tmp_path, capsys):
+    for folder in [*damaged_checkpoints(finished, tmp_path), tmp_path / "none"]:
+        says = "No such file" if folder.name == "none" else "does not hold a run of train.py"
+        for module, flag in ((sample, "--out_dir"), (train, "--resume")):
+            assert call(monkeypatch, module, flag, folder) == 2
             printed = capsys.readouterr()
-            assert printed.out == "" and printed.err.count("\n") == 1, printed.err
-            assert ("No such file" if name == "none" else "does not hold a run of train.py") in printed.err
-    for flags, says in (
-            (("--out_dir", finished, "--file", "x", "--prompt", LINE), "not allowed with"),
-            (("--out_dir", finished, "--file", tmp_path / "graphs.txt"), "line 1: node"),
-            (("--out_dir", finished, "--prompt", "hello"), "'hello' is not of the form"),
-            (("--out_dir", finished, "--prompt", LINE), "out of range"),
-            (("--out_dir", finished, "--prompt", "0,1|0,2/0,1="), "deg 2 and path_len 2, where deg 2 and path_len 5"),
-            (("--out_dir", finished, "--num_graphs", 0), "--num_graphs")):
-        assert call(monkeypatch, sample, *flags) == 2, flags
+            assert is_one_line(printed, says), printed.err
+
+
+def test_bad_files_and_prompts_are_refused_in_one_line(finished, monkeypatch, tmp_path, capsys):
+    file = tmp_path / "graphs.txt"
+    file.write_text(LINE)
+    for given, says in (
+        (("--file", "x", "--prompt", LINE), "not allowed with"),
+        (("--file", file), "line 1: node"),
+        (("--file", tmp_path / "missing"), "No such file"),
+        (("--prompt", "hello"), "'hello' is not of the form"),
+        (("--prompt", LINE), "out of range"),
+        (("--prompt", "0,1|0,2/0,1="), "deg 2 and path_len 2, where deg 2 and path_len 5"),
+        (("--num_graphs", 0), "--num_graphs"),
+        (("--pause", "nan"), "--pause"),
+    ):
+        assert call(monkeypatch, sample, "--out_dir", finished, *given) == 2, given
         printed = capsys.readouterr()
-        assert printed.out == "" and printed.err.count("\n") == 1 and says in printed.err, printed.err
+        assert is_one_line(printed, says), printed.err
 
 
-def start(*flags, processes=1, **options):
-    """A training run in the background, in a session of its own."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *torchrun, str(HERE / "train.py"), *map(str, flags)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            start_new_session=True, **options)
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PATHSTAR_EVIL"],)
+
+
+def test_a_checkpoint_runs_no_code(finished, monkeypatch, tmp_path, capsys):
+    evil = tmp_path / "evil"
+    monkeypatch.setenv("PATHSTAR_EVIL", str(evil))
+    torch.save(read_ckpt(finished) | {"more": Malicious()}, tmp_path / "ckpt.pt")
+    for module, flag in ((sample, "--out_dir"), (train, "--resume")):
+        assert call(monkeypatch, module, flag, tmp_path) == 2
+        assert "does not hold a run of train.py" in capsys.readouterr().err
+    assert not evil.exists()
+    torch.load(tmp_path / "ckpt.pt", weights_only=False)        # it would have
+    assert evil.exists()
+
+
+def some_flags(random):
+    """Flags at random, a few of them wrong."""
+    values = {  # the first value is a good one
+        "--deg": (2, 3, 0, -1), "--path_len": (3, 5, 1), "--num_nodes": (15, 12, 4),
+        "--n_train": (50, 0, -3), "--n_test": (10, 0), "--model": ("gpt", "mamba", "rnn"),
+        "--n_layer": (1, 0), "--n_embd": (16, 12, 15), "--n_head": (2, 4, 0), "--d_state": (2, 0),
+        "--batch_size": (4, 0), "--lr": (1e-3, 0, "nan", "x"), "--weight_decay": (0, -1),
+        "--warmup_iters": (0, 5, -1), "--eval_interval": (1, 2, 0), "--seed": (1, -1),
+        "--dtype": ("float32", "bfloat16", "int8"), "--device": ("cpu", "cuda:7"),
+        "--frobnicate": (1,), "--teacherless": None, "--reverse": None, "--only_first_hop": None,
+    }
+    given = ["--max_iters", 2]
+    for name in random.permutation(list(values))[:random.integers(1, 9)]:
+        given.append(name)
+        choices = values[name]
+        if choices is not None:
+            good = random.random() < 0.7
+            given.append(choices[0 if good else random.integers(len(choices))])
+    for name, value in (("--n_train", 50), ("--n_test", 10)):   # small, where nothing else is said
+        if name not in given:
+            given += [name, value]
+    return given
+
+
+def try_flags(n, monkeypatch, tmp_path, capsys):
+    """Each combination runs to its end, or is refused in one line -> how many ran"""
+    random = rng()
+    ran = 0
+    for i in range(n):
+        given, out = some_flags(random), tmp_path / str(i)
+        code = call(monkeypatch, train, *given, "--out_dir", out)
+        printed = capsys.readouterr()
+        if code == 0:
+            ran += 1
+            assert out.exists(), given
+        else:
+            assert code == 2 and is_one_line(printed, "train.py: error:"), (given, printed.err)
+            assert not out.exists(), given
+    return ran
+
+
+def test_combinations_of_flags(monkeypatch, tmp_path, capsys):
+    assert 5 < try_flags(40, monkeypatch, tmp_path, capsys) < 35
+
+
+def start(*given, torchrun=False, **options):
+    """A training run in the background, in a process group of its own."""
+    python = TORCHRUN if torchrun else (sys.executable,)
+    return subprocess.Popen(
+        [*python, str(HERE / "train.py"), *map(str, given)], text=True, env=ONE_THREAD,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options
+    )
 
 
 def wait_for(condition, process):
@@ -1060,333 +1661,365 @@ def wait_for(condition, process):
     raise TimeoutError
 
 
-@pytest.mark.parametrize("number, processes", [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
-def test_signals(number, processes, tmp_path):
-    process = start(*TINY, "--max_iters", 100000, "--eval_interval", 20, "--out_dir", tmp_path / "run", processes=processes)
-    wait_for(lambda: (tmp_path / "run" / "ckpt.pt").exists(), process)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number if processes == 1 else process.returncode, (out, err)
-    assert "goes on" in out.splitlines()[-1] and (processes > 1 or err == ""), (out, err)
-    done = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["iter"]
-    result = run("train.py", "--resume", "--max_iters", done + 3, "--out_dir", tmp_path / "run")
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_ctrl_c_says_how_to_go_on(torchrun, tmp_path):
+    out = tmp_path / "run"
+    given = (*TINY, "--max_iters", 100_000, "--eval_interval", 20, "--out_dir", out)
+    process = start(*given, torchrun=torchrun)
+    wait_for((out / "log.jsonl").exists, process)
+    os.killpg(process.pid, signal.SIGINT)                       # as a terminal does
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert f"python train.py --resume {out}\n" in err
+    if not torchrun:
+        assert err.count("\n") == 1, err
+    done = read_ckpt(out)["log"][-1]["iter"]
+    result = run("train.py", "--resume", out, "--max_iters", done + 3)
     assert result.returncode == 0, result.stderr
+    assert read_log(out)[-1]["iter"] == done + 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, tmp_path, capsys):
-    real, steps = F.cross_entropy, []
+    """The last good checkpoint stays."""
+    cross_entropy, steps = F.cross_entropy, []
 
-    def explodes(*args, **kwargs):
+    def explode(*args, **kwargs):
         steps.append(1)
-        return real(*args, **kwargs) * (float("nan") if len(steps) == 5 else 1)
+        return cross_entropy(*args, **kwargs) * (float("nan") if len(steps) == 5 else 1)
 
-    monkeypatch.setattr(F, "cross_entropy", explodes)
+    monkeypatch.setattr(F, "cross_entropy", explode)
     assert call(monkeypatch, train, *TINY, "--out_dir", tmp_path) == 1
-    assert "step 5 made the loss infinite or NaN" in capsys.readouterr().err
-    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["iter"] == 3 and read_log(tmp_path)[-1]["iter"] == 3
+    printed = capsys.readouterr().err
+    assert "infinite or NaN before step 6" in printed and printed.count("\n") == 1
+    assert read_ckpt(tmp_path)["log"][-1]["iter"] == 3 and read_log(tmp_path)[-1]["iter"] == 3
+
+
+def test_weights_that_are_not_finite_stop_the_run(monkeypatch, tmp_path):
+    """Also where the loss was finite until then."""
+    clip, steps = torch.nn.utils.clip_grad_norm_, []
+
+    def explode(parameters, max_norm):
+        parameters = list(parameters)
+        clip(parameters, max_norm)
+        steps.append(1)
+        if len(steps) == 6:
+            parameters[0].grad.fill_(math.inf)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", explode)
+    assert call(monkeypatch, train, *TINY, "--out_dir", tmp_path) == 1
+    assert read_ckpt(tmp_path)["log"][-1]["iter"] == 3
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on file sizes")
-def test_full_disk(monkeypatch, tmp_path):
+def test_a_full_disk_keeps_the_last_checkpoint(monkeypatch, tmp_path):
     """A file may grow to 20 KB only: the log fits, a checkpoint does not."""
     import resource
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
     assert call(monkeypatch, train, *TINY, "--max_iters", 3, "--out_dir", tmp_path) == 0
-    process = start("--resume", "--max_iters", 6, "--out_dir", tmp_path,
-                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)))
-    out, err = process.communicate()
-    assert process.returncode == 1 and err.count("\n") == 1 and "cannot write to" in err, err
-    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["iter"] == 3
-    assert call(monkeypatch, train, "--resume", "--max_iters", 6, "--out_dir", tmp_path) == 0
+    process = start("--resume", tmp_path, "--max_iters", 6, preexec_fn=limit)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert err.count("\n") == 1 and "cannot write to" in err, err
+    assert read_ckpt(tmp_path)["log"][-1]["iter"] == 3
+    assert call(monkeypatch, train, "--resume", tmp_path, "--max_iters", 6) == 0
     assert [line["iter"] for line in read_log(tmp_path)[1:]] == [0, 3, 6]
 
 
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, (os.environ["PATHSTAR_EVIL"],)
-
-
-def test_a_checkpoint_runs_no_code(finished, monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("PATHSTAR_EVIL", str(tmp_path / "evil"))
-    ckpt = torch.load(finished / "ckpt.pt", weights_only=True)
-    torch.save(ckpt | {"result": Malicious()}, tmp_path / "ckpt.pt")
-    for module, flags in ((sample, ()), (train, ("--resume",))):
-        assert call(monkeypatch, module, *flags, "--out_dir", tmp_path) == 2
-        assert "does not hold a run of train.py" in capsys.readouterr().err
-    assert not (tmp_path / "evil").exists()
-    torch.load(tmp_path / "ckpt.pt", weights_only=False)             # it would have
-    assert (tmp_path / "evil").exists()
-
-
-def is_path_star(line):
-    """The judge of the fuzzer: another way to decide what `parse_line` decides."""
-    body, path = line.split("=")
-    edges, question = body.split("/")
-    edges, (start, goal) = [tuple(map(int, edge.split(","))) for edge in edges.split("|")], map(int, question.split(","))
-    parent = {b: a for a, b in edges}
-    children = Counter(a for a, _ in edges)
-    if len(parent) < len(edges) or start in parent or max((n for a, n in children.items() if a != start), default=1) > 1:
-        return False
-    def to_start(node):
-        way = [node]
-        while way[-1] in parent and len(way) <= len(edges):
-            way.append(parent[way[-1]])
-        return way
-    ends = [to_start(b) for b in parent if b not in children]
-    if ({way[-1] for way in ends} != {start} or len({len(way) for way in ends}) != 1
-            or sum(len(way) - 1 for way in ends) < len(edges)):
-        return False
-    answer = [way[::-1] for way in ends if way[0] == goal]
-    return bool(answer) and (path == "" or [int(x) for x in path.split(",")] == answer[0])
-
-
-def fuzz(n):
-    random = np.random.default_rng(0)
-    stars = PathStar(2, 4, 12), PathStar(3, 3, 12)
-    lines = [line for star in stars for line in data.text(star, *data.draw(star, 200, random))]
-    accepted = 0
-    for _ in range(n):
-        line = lines[random.integers(len(lines))]
-        for _ in range(random.integers(1, 4)):
-            k, j = sorted(random.integers(len(line), size=2))
-            character = "0123456789,|/= x-"[random.integers(17)]
-            line = [line[:k] + character + line[k + 1:], line[:k] + line[k + 1:], line[:k] + character + line[k:],
-                    line[:k] + line[j:j + 3] + line[k:]][random.integers(4)] or "0"
-        try:
-            right = bool(data.LINE.fullmatch(line)) and is_path_star(line)
-        except ValueError:
-            right = False
-        try:
-            data.parse_line(line)
-            accepted += 1
-            assert right, line
-        except ValueError:
-            assert not right, line
-    return accepted
-
-
-def test_fuzzed_lines():
-    assert 50 < fuzz(5000) < 2500
-
-
-def some_flags(random):
-    """Flags at random, a few of them wrong."""
-    values = {"--deg": (2, 3, 0, -1), "--path_len": (3, 5, 1), "--num_nodes": (15, 12, 4), "--n_train": (50, 0, -3),
-              "--n_test": (10, 0),
-              "--model": ("gpt", "mamba", "rnn"), "--n_layer": (1, 0), "--n_embd": (16, 12, 15), "--n_head": (2, 4, 0),
-              "--d_state": (2, 0),
-              "--batch_size": (4, 0), "--lr": (1e-3, 0, "nan", "x"), "--weight_decay": (0, -1), "--warmup_iters": (0, 5, -1),
-              "--eval_interval": (1, 2, 0), "--seed": (1, -1), "--dtype": ("float32", "bfloat16", "float16", "int8"),
-              "--teacherless": None, "--reverse": None, "--only_first_hop": None, "--device": ("cpu", "cuda:7"),
-              "--frobnicate": (1,)}
-    flags = ["--max_iters", 2]
-    for name in random.permutation(list(values))[:random.integers(1, 9)]:
-        choices = values[name]
-        flags += [name] if choices is None else [name, choices[0 if random.random() < 0.7 else random.integers(len(choices))]]
-    return flags
-
-
-def try_flags(n, monkeypatch, tmp_path, capsys):
-    """Every combination of flags runs to its end, or is refused in one line with nothing written -> how many ran"""
-    random, ran = np.random.default_rng(0), 0
-    for i in range(n):
-        flags, out = some_flags(random), tmp_path / str(i)
-        sizes = [] if "--n_train" in flags else ["--n_train", 50], [] if "--n_test" in flags else ["--n_test", 10]
-        code = call(monkeypatch, train, *flags, *sizes[0], *sizes[1], "--out_dir", out)
-        printed = capsys.readouterr()
-        refused = code == 2 and printed.err.count("\n") == 1 and not printed.out and not out.exists()
-        assert refused or code == 0 and out.exists(), flags
-        ran += code == 0
-    return ran
-
-
-def test_combinations_of_flags(monkeypatch, tmp_path, capsys):
-    assert 5 < try_flags(40, monkeypatch, tmp_path, capsys) < 35
-
+# ---- Files that are copied out
 
 DRAW = "from data import *; print(draw(PathStar(2, 3, 9), 4, np.random.default_rng())[0].shape)"
-SCAN = ("import torch, scan_kernel; x = torch.ones(1, 2, 3); "
-        "print(scan_kernel.selective_scan(x, x, -torch.ones(2, 2), x, x).shape)")
-LEARN = """import torch, model_{0}
-model = model_{0}.{1}
+SCAN = """
+import torch, scan_kernel
+x = torch.ones(1, 2, 3)
+print(scan_kernel.selective_scan(x, x, -torch.ones(2, 2), x, x).shape)
+"""
+LEARN = """
+import torch
+from model_{file} import {Model}, {Model}Config
+model = {Model}({Model}Config({sizes}))
 idx = torch.randint(9, (2, 8))
 model(idx, idx)[1].backward()
-print(model.generate(idx[:, :3], 2).shape)"""
+print(model.generate(idx[:, :3], 2).shape)
+"""
+LEARN_GPT = LEARN.format(file="gpt", Model="GPT", sizes="8, 9, 1, 2, 4")
+LEARN_MAMBA = LEARN.format(file="mamba", Model="Mamba", sizes="9, 1, 4")
 
 
 @pytest.mark.parametrize("files, command, says", [
-    ("data.py", ("data.py",), "="), ("data.py", ("-c", DRAW), "(4, 15)"),
+    ("data.py", ("data.py",), "="),
+    ("data.py", ("-c", DRAW), "(4, 15)"),
     ("scan_kernel.py", ("-c", SCAN), "[1, 2, 3]"),
-    ("model_gpt.py", ("-c", LEARN.format("gpt", "GPT(model_gpt.GPTConfig(8, 9, 1, 2, 4))")), "[2, 5]"),
-    ("model_mamba.py scan_kernel.py", ("-c", LEARN.format("mamba", "Mamba(model_mamba.MambaConfig(9, 1, 4))")), "[2, 5]"),
+    ("model_gpt.py", ("-c", LEARN_GPT), "[2, 5]"),
+    ("model_mamba.py scan_kernel.py", ("-c", LEARN_MAMBA), "[2, 5]"),
     ("train.py data.py model_gpt.py", ("train.py", *TINY), "accuracy"),
-    ("train.py data.py model_gpt.py", ("train.py", *TINY, "--model", "mamba"), "train.py: No module named 'model_mamba'\n"),
-    ("train.py data.py model_mamba.py scan_kernel.py", ("train.py", *TINY, "--model", "mamba"), "accuracy"),
-    ("sample.py train.py data.py model_gpt.py", ("sample.py", "--out_dir", "run"), "path accuracy"),
+    ("train.py data.py model_mamba.py scan_kernel.py",
+     ("train.py", *TINY, "--model", "mamba"), "accuracy"),
+    ("sample.py train.py data.py model_gpt.py",
+     ("sample.py", "--out_dir", "run"), "path accuracy"),
 ])
 def test_files_work_where_they_are_copied_to(files, command, says, finished, tmp_path):
     """Each file with those that it imports, and nothing else."""
     for name in files.split():
         shutil.copy(HERE / name, tmp_path)
     shutil.copytree(finished, tmp_path / "run")
-    ran = subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, capture_output=True, text=True)
-    assert says in ran.stdout if ran.returncode == 0 else (ran.returncode, ran.stderr) == (2, says)
+    command = [sys.executable, *map(str, command)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and says in result.stdout, result.stderr
 
 
-def test_a_script_refuses_in_one_line():
-    """As a user sees it, in a process of its own."""
-    fails("train.py", "--num_nodes", 3, says="train.py: num_nodes must be at least 9")
-    fails("data.py", "--deg", -1, says="data.py: deg must be at least 1")
-    fails("sample.py", says="--out_dir")
+def test_a_model_that_was_not_copied_is_missed_in_one_line(tmp_path):
+    for name in ("train.py", "data.py", "model_gpt.py"):
+        shutil.copy(HERE / name, tmp_path)
+    command = [sys.executable, "train.py", *map(str, TINY), "--model", "mamba"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "train.py: error: No module named 'model_mamba'\n"
 
 
-def test_tables_say_what_the_logs_say():
-    """results/README.md is the table of the logs; README.md shows its lines on the default graph, and figures of the grid."""
+# ---- results/ and README.md
+
+LOGS = HERE / "results" / "logs"
+README = (HERE / "README.md").read_text()
+
+
+def test_the_table_is_that_of_the_logs():
+    """results/README.md is what table.py prints. README.md shows its lines on the default graph."""
     table = run("results/table.py")
-    assert table.returncode == 0 and table.stdout == (HERE / "results" / "README.md").read_text()
-    lines = [line for line in table.stdout.splitlines()
-             if line.startswith("| `python") and "--deg" not in line and "--path_len" not in line]
-    readme = (HERE / "README.md").read_text()
-    assert len(lines) >= 8
-    for line in lines:
-        assert line in readme, line
-    text = " ".join(readme.split())                                  # the hops but the goal, or the three that are guessed
-    for name in ("mamba-teacherless-deg2-len6", "mamba-teacherless-deg5-len5", "gpt-teacherless-deg2-len6"):
-        end = json.loads((HERE / "results" / f"{name}-seed0.jsonl").read_text().splitlines()[-1])
-        *hops, last = (f"{100 * share:.0f}" for share in end["node_accuracy"][1:4 if name[0] == "g" else -1])
-        assert f"{', '.join(hops)} and {last} %" in text, name
+    assert table.returncode == 0, table.stderr
+    assert table.stdout == (HERE / "results" / "README.md").read_text()
+    shown = []
+    for line in table.stdout.splitlines():
+        if line.startswith("| `python") and "--deg" not in line and "--path_len" not in line:
+            shown.append(line)
+    assert len(shown) >= 8
+    for line in shown:
+        assert line in README, line
 
 
-def test_the_table_counts_from_the_logs(tmp_path):
-    """Means, ranges, the count solved and the steps of the cascade, for two small logs with known numbers."""
-    (tmp_path / "results").mkdir()
-    for file in (*HERE.glob("*.py"), HERE / "results" / "table.py"):
-        shutil.copy(file, tmp_path / file.relative_to(HERE))
-    config = train.resolve({"teacherless": True, "path_len": 4}, train.make_flags()[1])
-    nodes = ((0, 0), (100, 1), (200, 0), (300, 1))                   # (step, accuracy of the third node)
+def test_the_hops_in_readme_are_those_of_the_logs():
+    """Section 5 quotes the node accuracies at the end of three runs of the grid."""
+    text = " ".join(README.split())
+    for name, hops in (
+        ("mamba-teacherless-deg2-len6", slice(1, -1)),
+        ("mamba-teacherless-deg5-len5", slice(1, -1)),
+        ("gpt-teacherless-deg2-len6", slice(1, 4)),             # those that it guesses
+    ):
+        end = json.loads((LOGS / f"{name}-seed0.jsonl").read_text().splitlines()[-1])
+        *first, last = [f"{100 * share:.0f}" for share in end["node_accuracy"][hops]]
+        assert f"{', '.join(first)} and {last} %" in text, name
+
+
+def test_the_table_counts_right(tmp_path):
+    """Means, ranges, the count solved and the steps of the cascade, of two small logs."""
+    logs = tmp_path / "results" / "logs"
+    logs.mkdir(parents=True)
+    shutil.copy(HERE / "results" / "table.py", tmp_path / "results")
+    command = "python train.py --teacherless --path_len 4"
+    config = vars(flags(teacherless=True, path_len=4))
+    third_node = {0: 0, 100: 1, 200: 0, 300: 1}                 # its accuracy at each step
     for seed, accuracy in ((0, 0.5), (1, 1.0)):
-        end = {"accuracy": accuracy, "forced_node_accuracy": None, "cheat_accuracy": None, "elapsed_s": 60}
-        lines = [{"config": config | {"seed": seed}, "versions": {"python": "3", "torch": "2"}, "machine": "m"},
-                 *({"iter": it, "node_accuracy": [1, accuracy, third, 1], **end} for it, third in nodes)]
-        (tmp_path / "results" / f"{seed}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    result = subprocess.run([sys.executable, tmp_path / "results" / "table.py"], capture_output=True, text=True)
+        header = {
+            "command": f"{command} --seed {seed}", "config": config | {"seed": seed},
+            "versions": {"python": "3", "torch": "2"}, "machine": "m",
+        }
+        lines = [header]
+        for step, share in third_node.items():
+            lines.append({
+                "iter": step, "elapsed_s": 60, "accuracy": accuracy, "cheat_accuracy": None,
+                "node_accuracy": [1, accuracy, share, 1], "forced_node_accuracy": None,
+            })
+        (logs / f"{seed}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    script = tmp_path / "results" / "table.py"
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    line = "`python train.py --teacherless --path_len 4` | 2 | 1 | 75.0% (50.0% - 100.0%) | - | - | 0, 1 never; 300 | 300 | 1.0"
-    assert f"| {line} |" in result.stdout.splitlines(), result.stdout
+    line = f"| `{command}` | 2 | 1 | 75.0% (50.0% - 100.0%) | - | - | 0, 1 never; 300 | 300 | 1.0 |"
+    assert line in result.stdout.splitlines(), result.stdout
 
 
-def test_the_experiments_are_what_was_recorded():
-    """`results/reproduce.py` runs, under the name of each record, the command that made it."""
+def test_each_listed_experiment_is_on_record():
+    """Under its name, with the command that `reproduce.py --list` shows."""
     listed = run("results/reproduce.py", "--list").stdout.splitlines()
-    flags, defaults = train.make_flags()
     assert len(listed) >= 24
+    names = set()
     for line in listed:
-        name, command = line.split(" ", 1)
-        given = vars(flags.parse_args(command.split("train.py")[1].split("   ")[0].split()))
-        recorded = json.loads((HERE / "results" / f"{name}.jsonl").read_text().splitlines()[0])["config"]
-        assert train.resolve(given, defaults) | {"out_dir": None} == recorded | {"out_dir": None}, name
+        name, command = re.match(r"(\S+) +(python train.py .*?)(?:   .*)?$", line).groups()
+        header = json.loads((LOGS / f"{name}.jsonl").read_text().splitlines()[0])
+        assert header["command"] == command, name
+        names.add(f"{name}.jsonl")
+    assert {path.name for path in LOGS.glob("*.jsonl")} == names
 
 
-SOLUTIONS = sorted((HERE / "results" / "exercises").glob("*.patch"), key=lambda patch: patch.stem)
-CHECKS = {"4": "attention or gpt_is or cache_equals", "5": "cpu_scan", "6": "gru"}   # what the README tells to check them by
+def test_each_recorded_command_asks_for_the_recorded_run():
+    """The flags in a log's command are those in its config, and no others differ by default."""
+    parser = train.make_parser()
+    for path in LOGS.glob("*.jsonl"):
+        header = json.loads(path.read_text().splitlines()[0])
+        args = parser.parse_args(header["command"].split()[2:])
+        train.fill_in_defaults(args)
+        for name in ("out_dir", "overwrite", "resume"):
+            delattr(args, name)
+        for name, value in vars(args).items():
+            assert header["config"][name] == value, (path.name, name)
+
+
+def test_no_script_works_at_import():
+    """Importing one prints nothing, and needs no arguments. (Two need packages from elsewhere.)"""
+    for path in sorted((HERE / "results").glob("*.py")):
+        code = f"import sys; sys.path.insert(0, {str(path.parent)!r}); import {path.stem}"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if "No module named 'matplotlib'" in result.stderr:
+            continue
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", ""), path.name
+
+
+SOLUTIONS = sorted((HERE / "results" / "exercises").glob("*.patch"))
+CHECKS = {  # the tests that README names
+    "4": "attention or gpt_is or cache_or_state", "5": "cpu_scan", "6": "gru",
+}
 
 
 def git(*args):
     return subprocess.run(["git", *map(str, args)], cwd=HERE, capture_output=True).returncode
 
 
-@pytest.mark.skipif(shutil.which("git") is None or git("diff", "--quiet", "HEAD", "--", "*.py", ":!test_all.py"),
-                    reason="files were changed")
+@pytest.mark.skipif(
+    shutil.which("git") is None or git("diff", "--quiet", "HEAD", "--", "*.py", ":!test_all.py"),
+    reason="files were changed",
+)
 def test_solutions_of_the_exercises_fit():
-    """Each applies to the files as they are; the figures that README quotes are those of their logs."""
-    exercises = (HERE / "README.md").read_text().split("## 8. Exercises")[1]
+    """Each applies to the files as they are."""
     assert [patch.stem[0] for patch in SOLUTIONS] == list("456789")
     for patch in SOLUTIONS:
         assert git("apply", "--check", patch) == 0, patch.name
-    for log in (HERE / "results" / "exercises").glob("*.jsonl"):
-        text = exercises.split(f"\n{log.stem[0]}. ")[1].split(f"\n{int(log.stem[0]) + 1}. ")[0]
+
+
+def test_the_exercises_quote_their_logs():
+    """The accuracy and the step in an exercise's text are those at the end of its log."""
+    exercises = README.split("## 8. Exercises")[1]
+    logs = list((HERE / "results" / "exercises").glob("*.jsonl"))
+    assert len(logs) == 5
+    for log in logs:
+        number = int(log.stem[0])
+        text = exercises.split(f"\n{number}. ")[1].split(f"\n{number + 1}. ")[0]
         end = json.loads(log.read_text().splitlines()[-1])
-        assert f"{end['accuracy']:.1%}".replace("%", " %") in text and f"{end['iter']:,}" in text, log.name
+        assert f"{100 * end['accuracy']:.1f} %" in text, log.name
+        assert f"{end['iter']:,}" in text, log.name
 
 
-# The long tests: pytest -m slow
+# ---- The long tests: pytest -m slow
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("patch", SOLUTIONS, ids=lambda patch: patch.stem)
 def test_solutions_of_the_exercises(patch, tmp_path):
-    """They pass the tests that the README names, and train."""
+    """They pass the tests that README names for them, and train."""
     for file in HERE.glob("*.py"):
         shutil.copy(file, tmp_path)
+    shutil.copy(HERE / "README.md", tmp_path)
     assert subprocess.run(["git", "apply", patch], cwd=tmp_path).returncode == 0
-    commands = [("train.py", *TINY, *flags) for flags in ((), ("--teacherless",), ("--model", "mamba"))]
+    commands = [("train.py", *TINY)]
+    commands.append(("train.py", *TINY, "--teacherless"))
+    commands.append(("train.py", *TINY, "--model", "mamba"))
     if patch.stem[0] in CHECKS:
         commands = [("-m", "pytest", "-k", CHECKS[patch.stem[0]], "test_all.py")]
     for command in commands:
-        ran = subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stdout + ran.stderr
+        command = [sys.executable, *map(str, command)]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+
 
 @pytest.mark.slow
-def test_fuzzed_lines_at_length():
+def test_100_000_mutated_lines_are_judged_rightly():
     assert fuzz(100_000) > 1000
 
 
 @pytest.mark.slow
-def test_combinations_of_flags_at_length(monkeypatch, tmp_path, capsys):
+def test_500_combinations_of_flags(monkeypatch, tmp_path, capsys):
     assert 30 < try_flags(500, monkeypatch, tmp_path, capsys) < 470
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [("--model", "gpt"), ("--model", "mamba", "--teacherless", "--n_train", 0)])
-def test_25_kills(flags, tmp_path):
-    """kill -9 at random moments; a checkpoint is written after every step, so many of them hit that. Always resumable."""
-    flags, whole, parts = (*TINY, *flags, "--max_iters", 1500, "--eval_interval", 1), tmp_path / "whole", tmp_path / "parts"
-    assert run("train.py", *flags, "--out_dir", whole).returncode == 0
-    random, ckpt = np.random.default_rng(0), parts / "ckpt.pt"
+@pytest.mark.parametrize("given", [
+    ("--model", "gpt"), ("--model", "mamba", "--teacherless", "--n_train", 0)
+])
+def test_25_kills(given, tmp_path):
+    """kill -9 at random moments; the run ends with the same bits as one that was left alone.
+
+    A checkpoint is written after each step, so many of the kills hit that.
+    """
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    given = (*TINY, *given, "--max_iters", 1500, "--eval_interval", 1)
+    assert run("train.py", *given, "--out_dir", whole).returncode == 0
+    random, ckpt = rng(), parts / "ckpt.pt"
     for kill in range(25):
-        process = start(*(("--resume", "--out_dir", parts) if (parts / "log.jsonl").exists() else (*flags, "--out_dir", parts)))
-        if kill % 4:                                                 # between and in its checkpoints
-            before = ckpt.stat().st_mtime_ns if ckpt.exists() else 0
+        begun = ckpt.exists()
+        process = start(*(("--resume", parts) if begun else (*given, "--out_dir", parts)))
+        if kill % 4 == 0:                                       # while it starts
+            time.sleep(random.uniform(0.5, 3))
+        else:                                                   # between and in its checkpoints
+            before = ckpt.stat().st_mtime_ns if begun else 0
             wait_for(lambda: ckpt.exists() and ckpt.stat().st_mtime_ns > before, process)
             time.sleep(random.uniform(0, 0.3))
-        else:                                                        # while it starts
-            time.sleep(random.uniform(0.5, 3))
         assert process.poll() is None
         process.kill()
-        out, err = process.communicate()
+        _, err = process.communicate()
         assert err == ""
         if ckpt.exists():
-            torch.load(ckpt, weights_only=True)
-    assert run("train.py", "--resume", "--out_dir", parts).returncode == 0
-    same_run(whole, parts)
+            read_ckpt(parts)
+    assert run("train.py", "--resume", parts).returncode == 0
+    assert_same_run(whole, parts)
 
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_job(tmp_path):
-    flags = *TINY, "--max_iters", 3000, "--eval_interval", 20, "--out_dir", tmp_path / "run"
-    process = start(*flags, processes=2)
-    wait_for(lambda: (tmp_path / "run" / "ckpt.pt").exists(), process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    """Of two processes. The job resumes."""
+    out = tmp_path / "run"
+    given = (*TINY, "--max_iters", 3000, "--eval_interval", 20, "--out_dir", out)
+    process = start(*given, torchrun=True)
+    wait_for((out / "log.jsonl").exists, process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode not in (0, None)
-    done = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["iter"]
-    process = start("--resume", "--max_iters", done + 10, "--out_dir", tmp_path / "run", processes=2)
-    assert process.communicate(timeout=120) and process.returncode == 0
-    assert read_log(tmp_path / "run")[-1]["iter"] == done + 10
+    done = read_ckpt(out)["log"][-1]["iter"]
+    process = start("--resume", out, "--max_iters", done + 10, torchrun=True)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert read_log(out)[-1]["iter"] == done + 10
 
 
 @pytest.mark.slow
-def test_two_processes_resume_exactly(tmp_path):
-    flags, whole, parts = (*TINY, "--max_iters", 300, "--eval_interval", 100), tmp_path / "whole", tmp_path / "parts"
-    for folder in (whole, parts):
-        process = start(*flags, "--out_dir", folder, processes=2)
-        if folder is parts:
-            wait_for(lambda: (parts / "ckpt.pt").exists(), process)
-            process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=120)
-    assert 0 < torch.load(parts / "ckpt.pt", weights_only=True)["iter"] < 300
-    process = start("--resume", "--out_dir", parts, processes=2)
-    assert process.communicate(timeout=120) and process.returncode == 0
-    same_run(whole, parts)
+def test_two_killed_processes_resume_to_the_bit(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    given = (*TINY, "--max_iters", 300, "--eval_interval", 50)
+    process = start(*given, "--out_dir", whole, torchrun=True)
+    process.communicate(timeout=120)
+    process = start(*given, "--out_dir", parts, torchrun=True)
+    log = parts / "log.jsonl"
+    wait_for(lambda: log.exists() and read_log(parts)[-1]["iter"] > 0, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert 0 < read_ckpt(parts)["log"][-1]["iter"] < 300
+    process = start("--resume", parts, torchrun=True)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert_same_run(whole, parts)
+
+
+# A program that trains, and prints the pages in memory at each evaluation.
+PAGES = """
+import train
+
+def progress(line, args):
+    return "pages " + open("/proc/self/statm").read().split()[1]
+
+train.progress = progress
+train.SOLVED = 2
+train.main()
+"""
 
 
 @pytest.mark.slow
@@ -1394,12 +2027,10 @@ def test_two_processes_resume_exactly(tmp_path):
 @pytest.mark.parametrize("n_train", [200, 0])
 def test_memory_stays_flat(n_train, tmp_path):
     """The resident memory of a tiny run, from step 4,000 to step 20,000."""
-    code = ("import train\nreport = train.report\n"
-            "def reported(line, config):\n    return 'pages ' + open('/proc/self/statm').read().split()[1]\n"
-            "train.report = reported\ntrain.SOLVED = 2\ntrain.main()")
-    flags = *TINY, "--max_iters", 20000, "--eval_interval", 2000, "--n_train", n_train, "--out_dir", tmp_path / "run"
-    result = subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=HERE, capture_output=True, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
-    pages = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("pages")]
+    given = (*TINY, "--max_iters", 20_000, "--eval_interval", 2000, "--n_train", n_train)
+    command = [sys.executable, "-c", PAGES, *map(str, given), "--out_dir", tmp_path / "run"]
+    result = subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=ONE_THREAD)
+    pages = re.findall(r"pages (\d+)", result.stdout)
+    pages = [int(number) for number in pages]
     assert len(pages) == 11, result.stderr
     assert max(pages[2:]) < 1.02 * pages[2], pages

@@ -1,23 +1,24 @@
-"""Trains a model to find the path in path-star graphs, and shows whether it learned to plan or to cheat.
+"""Trains a model to find the path in path-star graphs. Does it learn to plan, or to cheat?
 
-Three ways to train (Bachmann & Nagarajan 2024, figure 1), one loop. With a prefix p and a target path 7 3 9:
+There are three ways to train (Bachmann & Nagarajan 2024, figure 1). With a prefix p and the target
+path 7 3 9:
 
-    teacher forcing (default)   input  p 7 3     to predict  7 3 9     each token from the true ones before it
-    --teacherless               input  p $ $     to predict  7 3 9     each token from the prefix alone
-    --reverse                   input  p 9 3     to predict  9 3 7     the path written from goal to start
+    teacher forcing (default)   input  p 7 3     to predict  7 3 9     from the true tokens before
+    --teacherless               input  p $ $     to predict  7 3 9     from the prefix alone
+    --reverse                   input  p 9 3     to predict  9 3 7     from goal to start
 
-Two phases are kept apart in every evaluation: *inference* (`accuracy`, `node_accuracy`), where the model reads its own
-tokens, and the *forced* pass (`forced_accuracy`, `forced_node_accuracy`), where it reads the true ones as in training.
+Every evaluation keeps two phases apart. In *inference* (`accuracy`, `node_accuracy`) the model
+reads its own tokens. In the *forced* phase (`forced_accuracy`, `forced_node_accuracy`) it reads
+the true ones, as in teacher-forced training.
 
     python train.py --model mamba --teacherless
 """
 import argparse
-import dataclasses
-import importlib
 import json
+import math
 import os
 import platform
-import signal
+import shlex
 import sys
 import time
 
@@ -26,372 +27,524 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Flags, PathStar, batch_indices, datasets, draw_unseen, keys, verdict
+from data import (
+    PathStar, batch_indices, datasets, draw_unseen, keys, non_negative_int, positive_int
+)
 
-MODELS = {"gpt": "GPT", "mamba": "Mamba"}  # name: class, in model_<name>.py, with its settings in <class>Config
-FIELDS = {"n_layer": "n_layer", "n_embd": "n_embd", "d_model": "n_embd", "n_head": "n_head", "d_state": "d_state"}
-                                           # field of a model's config: the flag that sets it
-SOLVED = 0.995                             # the accuracy at which a run stops
-SIGNALS = []                               # Ctrl-C and the like, as they come in
+# ---- Settings
 
+SOLVED = 0.995       # a run stops at this accuracy
+EVAL_BATCH = 128     # test graphs in one pass: few, so that they stay in the cache of a CPU
+RANK = int(os.environ.get("RANK", 0))              # this process, and the number of processes:
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets both
 
-def make_flags():
-    """-> the parser, which returns only the flags that were given; and all defaults, a dict where they depend on the model."""
-    flags, defaults = Flags(__doc__), {}
-
-    def add(name, default, text, **options):
-        if default is False:
-            options["action"] = "store_true"
-        elif "type" not in options:
-            options["type"] = type(next(iter(default.values())) if isinstance(default, dict) else default)
-        shown = ", ".join(f"{model} {value}" for model, value in default.items()) if isinstance(default, dict) else default
-        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{text} (default: {shown})", **options)
-        defaults[name] = default
-
-    group = flags.add_argument_group("objective")
-    add("teacherless", False, "predict all target tokens from the prefix alone, $ in their place in the input")
-    add("reverse", False, "write the path from goal to start")
-    add("only_first_hop", False, "put the loss on the first hop alone; accuracy is then that of the first hop")
-    group = flags.add_argument_group("task")
-    add("deg", 2, "arms of a graph")
-    add("path_len", 5, "nodes on a path, the start included")
-    add("num_nodes", 10, "names to draw from; with files, by default as many as occur")
-    add("n_train", {"gpt": 20000, "mamba": 100000}, "training graphs, or lines of --train_file (all); 0: always fresh ones")
-    add("n_test", 1000, "test graphs, or lines of --test_file (all by default)")
-    add("train_file", None, "training graphs in text form", type=str)
-    add("test_file", None, "test graphs in text form", type=str)
-    group = flags.add_argument_group("model")
-    add("model", "gpt", "architecture", choices=MODELS)
-    add("n_layer", {"gpt": 6, "mamba": 3}, "layers")
-    add("n_embd", {"gpt": 64, "mamba": 128}, "width")
-    add("n_head", {"gpt": 4}, "attention heads")
-    add("d_state", {"mamba": 16}, "numbers of state per channel")
-    group = flags.add_argument_group("optimization")
-    add("batch_size", 128, "examples a step, over all processes")
-    add("max_iters", {"gpt": 2000, "gpt --teacherless": 6000, "mamba": 1000, "mamba --teacherless": 3000},
-        f"steps at most; a run stops when accuracy reaches {SOLVED}")
-    add("lr", {"gpt": 1e-3, "mamba": 2e-3}, "learning rate after the warm-up; over the last third of max_iters it falls to 0")
-    add("weight_decay", 0.01, "AdamW's, on matrices")
-    add("warmup_iters", 100, "steps over which the learning rate rises from 0")
-    group = flags.add_argument_group("run")
-    add("eval_interval", 100, "steps between evaluations")
-    add("seed", 0, "of weights and data")
-    add("device", "auto", "cpu, cuda, ... (auto: cuda where there is one)")
-    add("dtype", "auto", "of the forward pass (auto: bfloat16 on a GPU)", choices=("auto", "float32", "bfloat16"))
-    add("compile", False, "compile the training step's model with torch.compile")
-    add("out_dir", None, "where log.jsonl and ckpt.pt go, by default out/ and a name made of the flags", type=str)
-    add("resume", False, "go on with the run in out_dir, with the flags recorded there")
-    add("overwrite", False, "start over where out_dir holds a run already")
-    return flags, defaults
+DEFAULTS = {
+    "gpt": {"n_layer": 6, "n_embd": 64, "n_head": 4, "n_train": 20_000, "lr": 1e-3},
+    "mamba": {"n_layer": 3, "n_embd": 128, "d_state": 16, "n_train": 100_000, "lr": 2e-3},
+}
+MAX_ITERS = {
+    "gpt": {"teacherless": 6000, "others": 2000},
+    "mamba": {"teacherless": 3000, "others": 1000},
+}
 
 
-def model_class(name):
-    """-> the model's class, its config's class, and the names of the config's fields"""
-    module = importlib.import_module(f"model_{name}")
-    Config = getattr(module, MODELS[name] + "Config")
-    return getattr(module, MODELS[name]), Config, {field.name for field in dataclasses.fields(Config)}
+def positive_float(text):
+    """For argparse: raises ArgumentTypeError unless the text is a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    return value
 
 
-def resolve(given, defaults):
-    """The flags that were given, and defaults for the rest. Raises ValueError for a combination that makes no sense."""
-    name = given.get("model", defaults["model"])
-    which = f"{name} --teacherless" if given.get("teacherless") else name
-    config = {flag: d.get(which, d.get(name, [*d.values()][0])) if isinstance(d, dict) else d for flag, d in defaults.items()}
-    settings = [FIELDS[field] for field in FIELDS if field in model_class(name)[2]]
-    for flag in set(FIELDS.values()) - set(settings):
-        if flag in given:
-            raise ValueError(f"--{flag} is not a setting of --model {name}, which has --" + " --".join(settings))
-        config[flag] = None
-    for file, number in (("train_file", "n_train"), ("test_file", "n_test")):
-        if file in given:
-            config.update({number: None, "deg": None, "path_len": None, "num_nodes": None})
-    config.update(given)
-    for flag, value in config.items():
-        may_be_0 = flag in ("n_train", "weight_decay", "warmup_iters", "seed")
-        if type(value) in (int, float) and not (0 < value < float("inf") or may_be_0 and value == 0):
-            raise ValueError(f"--{flag} must {'not be negative' if may_be_0 else 'be positive'}, got {value}")
-    if config["only_first_hop"] and (config["teacherless"] or config["reverse"]):
-        raise ValueError("--only_first_hop predicts one token, from the prefix and the start: it goes neither with "
-                         "--teacherless (nothing is fed in that could be hidden) nor with --reverse (the hop comes last)")
-    if config["train_file"] and config["n_train"] == 0:
-        raise ValueError("--n_train 0 draws a fresh graph for every example: leave --train_file away, or ask for more")
-    return config
+def non_negative_float(text):
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be finite and not negative, got {text}")
+    return value
 
 
-def out_dir_of(config, given):
-    """A folder's name that tells runs apart: model, objective, graph, seed, and what was given that makes another run."""
-    objective = "-".join(o for o in ("teacherless", "reverse", "only_first_hop") if config[o]) or "teacher_forced"
-    graph = f"deg{config['deg']}-len{config['path_len']}-names{config['num_nodes']}"
-    others = "n_train train_file n_layer n_embd n_head d_state batch_size lr weight_decay warmup_iters".split()
-    more = "".join(f"-{flag}{os.path.basename(str(given[flag]))}" for flag in others if flag in given)
-    return os.path.join("out", f"{config['model']}-{objective}-{graph}-seed{config['seed']}{more}")
+def make_parser():
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,  # an error is one line then
+        description=__doc__,
+        epilog=f"defaults that depend on the model: {DEFAULTS}\nmax_iters: {MAX_ITERS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("objective").add_argument
+    add("--teacherless", action="store_true", help="feed $ in place of all target tokens")
+    add("--reverse", action="store_true", help="write the path from goal to start")
+    add("--only_first_hop", action="store_true", help="end the path after the first hop")
+
+    add = parser.add_argument_group("task (files determine the sizes of their graphs)").add_argument
+    add("--deg", type=positive_int, help="arms of a graph (2)")
+    add("--path_len", type=positive_int, help="nodes on a path, with the start (5)")
+    add("--num_nodes", type=positive_int, help="names to draw from (10)")
+    add("--n_train", type=non_negative_int, help="training graphs; 0: fresh ones in every step")
+    add("--n_test", type=positive_int, help="test graphs (1000)")
+    add("--train_file", help="take the training graphs from this file, in text form")
+    add("--test_file", help="take the test graphs from this file, in text form")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=DEFAULTS, default="gpt", help="architecture (%(default)s)")
+    add("--n_layer", type=positive_int, help="layers")
+    add("--n_embd", type=positive_int, help="width")
+    add("--n_head", type=positive_int, help="attention heads")
+    add("--d_state", type=positive_int, help="numbers of state per channel")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--batch_size", type=positive_int, default=128, help="examples in a step (%(default)s)")
+    add("--max_iters", type=positive_int, help="steps at most")
+    add("--lr", type=positive_float, help="peak learning rate")
+    add("--weight_decay", type=non_negative_float, default=0.01, help="AdamW's (%(default)s)")
+    add("--warmup_iters", type=non_negative_int, default=100, help="steps to peak (%(default)s)")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--eval_interval", type=positive_int, default=100, help="in steps (%(default)s)")
+    add("--seed", type=non_negative_int, default=0, help="of weights and data (%(default)s)")
+    add("--device", default="auto", help="cpu, cuda, ... (auto: cuda if there is a GPU)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of the forward pass (auto: bfloat16 on a GPU)")
+    add("--compile", action="store_true", help="use torch.compile for the training steps")
+    add("--out_dir", help="folder for log.jsonl and ckpt.pt (out/ and a name)")
+    add("--overwrite", action="store_true", help="start over if there is a run in out_dir")
+    add("--resume", metavar="OUT_DIR", help="go on with a run; goes with --max_iters only")
+    return parser
 
 
-def build_model(config, star):
-    model, Config, fields = model_class(config["model"])
-    settings = {field: config[flag] for field, flag in FIELDS.items()} | {
-        "vocab_size": star.vocab_size, "block_size": star.prefix_len + star.path_len - 1}  # the last target is never read
-    return model(Config(**{field: value for field, value in settings.items() if field in fields}))
+def fill_in_defaults(args):
+    """Sets flags that were not given. Raises ValueError for flags that contradict each other."""
+    if args.only_first_hop and (args.teacherless or args.reverse):
+        raise ValueError("--only_first_hop goes with neither --teacherless nor --reverse")
+    if args.train_file is not None and args.n_train == 0:
+        raise ValueError("--n_train 0 draws fresh graphs in every step: omit --train_file")
+    defaults = dict(DEFAULTS[args.model])
+    for name in ("n_head", "d_state"):
+        if name not in defaults and getattr(args, name) is not None:
+            raise ValueError(f"--{name} is not a setting of --model {args.model}")
+    defaults["n_test"] = 1000
+    defaults["max_iters"] = MAX_ITERS[args.model]["teacherless" if args.teacherless else "others"]
+    if args.train_file is None and args.test_file is None:
+        defaults.update(deg=2, path_len=5, num_nodes=10)
+    if args.train_file is not None:
+        del defaults["n_train"]  # all graphs of the file
+    if args.test_file is not None:
+        del defaults["n_test"]
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
-def load_run(out_dir):
-    """-> the checkpoint in out_dir, its PathStar and model. Raises OSError where there is none, ValueError for another's."""
-    file = os.path.join(out_dir, "ckpt.pt")
-    open(file, "rb").close()
-    try:                                   # whatever a stranger's file makes go wrong, this is what is wrong with it
-        ckpt = torch.load(file, map_location="cpu", weights_only=True)
-        star = PathStar(*(ckpt["config"][flag] for flag in ("deg", "path_len", "num_nodes")))
-        model = build_model(ckpt["config"], star)
-        model.load_state_dict(ckpt["model"])
-        make_optimizer(model, ckpt["config"], torch.device("cpu")).load_state_dict(ckpt["optimizer"])
-        ckpt["iter"], ckpt["elapsed_s"], ckpt["result"], ckpt["losses"]
-    except Exception as error:
-        raise ValueError(f"{file} does not hold a run of train.py: {type(error).__name__} {str(error)[:200]}") from None
-    return ckpt, star, model
+def new_out_dir(args):
+    """The folder of a new run. Raises ValueError if there is a run in it already."""
+    flags = [name for name in ("teacherless", "reverse", "only_first_hop") if getattr(args, name)]
+    objective = "-".join(flags) or "teacher_forced"
+    name = f"{args.model}-{objective}-deg{args.deg}-len{args.path_len}-seed{args.seed}"
+    out_dir = args.out_dir or os.path.join("out", name)
+    for file in ("ckpt.pt", "log.jsonl"):
+        if os.path.exists(os.path.join(out_dir, file)) and not args.overwrite:
+            raise ValueError(
+                f"there is a run in {out_dir}: --resume {out_dir} goes on with it, --overwrite "
+                "starts over, --out_dir takes another folder"
+            )
+    return out_dir
 
 
-def save(ckpt, out_dir):
-    file = os.path.join(out_dir, "ckpt.pt")
-    torch.save(ckpt, file + ".tmp")        # never half a checkpoint: the old one stays until the new one is whole
-    os.replace(file + ".tmp", file)
+# ---- Three ways to train
 
 
-def prompts_and_targets(config, prefixes, paths):
-    """The tokens that inference starts from (n, prompt_len), and those to be written after them (n, target_len)."""
-    prefixes, paths = torch.from_numpy(prefixes), torch.from_numpy(paths)
-    if config["only_first_hop"]:
-        return torch.cat([prefixes, paths[:, :1]], dim=1), paths[:, 1:2]
-    return prefixes, paths.flip(1) if config["reverse"] else paths
+def prompts_and_targets(args, prefixes, paths):
+    """What the model is given (n, prefix_len), and what it has to write (n, target_len)."""
+    prompts = torch.from_numpy(prefixes)
+    targets = torch.from_numpy(paths)
+    if args.reverse:
+        targets = targets.flip(1)
+    if args.only_first_hop:
+        targets = targets[:, :2]
+    return prompts, targets
 
 
-def model_input(prompts, targets, dollar=None):
-    """The prompts and, behind them, the targets but the last: the true ones (teacher forcing), or `dollar` in their place."""
-    return torch.cat([prompts, targets[:, :-1] if dollar is None else torch.full_like(targets[:, :-1], dollar)], dim=1)
+def model_input(prompts, fed):
+    """The prompts, then all tokens of `fed` but the last, as nothing is predicted after it.
+
+    `fed` is the targets themselves (teacher forcing), or as many $ (teacherless).
+    """
+    return torch.cat([prompts, fed[:, :-1]], dim=1)
 
 
 def loss_targets(prompts, targets):
-    """What each position of the input is to predict: -1, nothing, within the prompt."""
+    """The token that each position of the input has to predict: -1, for none, in the prompt."""
     return torch.cat([torch.full_like(prompts[:, 1:], -1), targets], dim=1)
 
 
+def training_tokens(args, star, prefixes, paths):
+    """-> the model's inputs and loss targets, (n, prefix_len + target_len - 1) both"""
+    prompts, targets = prompts_and_targets(args, prefixes, paths)
+    fed = torch.full_like(targets, star.dollar) if args.teacherless else targets
+    return model_input(prompts, fed), loss_targets(prompts, targets)
+
+
+# ---- Two phases of evaluation
+
+
+def predict_in_one_pass(model, prompts, fed):
+    """-> the tokens predicted at the places of the targets (n, target_len)"""
+    logits, _ = model(model_input(prompts, fed))
+    return logits[:, -fed.size(1):].argmax(dim=2)
+
+
 @torch.no_grad()
-def predict(model, prompts, targets, dollar, at_once=1000):
-    """-> two (n, target_len) tensors of predicted tokens: by the model's own inference, and forced.
+def predict(model, prompts, targets, dollar=None):
+    """-> the model's answers and its forced predictions, (n, target_len) both
 
-    Inference sees the prompts only: greedy and one token at a time, or, where dollar is not None (teacherless), all tokens
-    in one pass. The forced pass sees the true tokens before each one; teacherless there is none, and it is None.
+    Inference sees the prompts only. It writes one token at a time, or, with the token `dollar`
+    (teacherless), all tokens at once. The forced phase sees the true tokens before each target.
+    Teacherless training has no such phase: None.
     """
-    own, forced = [], []
-    for prompt, target in zip(prompts.split(at_once), targets.split(at_once)):
-        if dollar is not None:
-            own.append(model(model_input(prompt, target, dollar), all_logits=True)[0][:, prompt.size(1) - 1:].argmax(dim=2))
-            continue
-        cache = model.new_cache()                                    # both phases continue from the prompt, each from a copy
-        first, fed = model(prompt, cache=cache)[0].argmax(dim=2), target[:, :-1]
-        own.append(model.generate(first, fed.size(1), [dict(layer) for layer in cache]))
-        later = [model(fed, cache=cache, all_logits=True)[0].argmax(dim=2)] if fed.size(1) else []
-        forced.append(torch.cat([first, *later], dim=1))
-    return torch.cat(own), torch.cat(forced) if forced else None
+    answers, forced = [], []
+    for prompt, target in zip(prompts.split(EVAL_BATCH), targets.split(EVAL_BATCH)):
+        if dollar is None:
+            answers.append(model.generate(prompt, target.size(1))[:, prompt.size(1):])
+            forced.append(predict_in_one_pass(model, prompt, target))
+        else:
+            answers.append(predict_in_one_pass(model, prompt, torch.full_like(target, dollar)))
+    return torch.cat(answers), torch.cat(forced) if forced else None
 
 
-def summary(own, forced, targets):
-    """The shares of right answers in what `predict` returned: whole, by token, and the cheat (after the first hop, forced)."""
-    result = {"cheat_accuracy": None}
-    for phase, tokens in (("", own), ("forced_", forced)):
-        right = None if tokens is None else (tokens == targets).double()
-        result[phase + "accuracy"] = None if right is None else right.prod(dim=1).mean().item()
-        result[phase + "node_accuracy"] = None if right is None else right.mean(dim=0).tolist()
-        if phase and targets.size(1) > 2 and right is not None:
+def summary(answers, forced, targets):
+    """The shares of right answers in what `predict` returns, as a dict.
+
+    accuracy: all tokens right. node_accuracy: each token. cheat_accuracy: all tokens after the
+    first hop right, forced. The cheat gets them right, without any plan.
+    """
+    right = (answers == targets).double()
+    result = {
+        "accuracy": right.prod(dim=1).mean().item(),
+        "node_accuracy": right.mean(dim=0).tolist(),
+        "forced_accuracy": None,
+        "forced_node_accuracy": None,
+        "cheat_accuracy": None,
+    }
+    if forced is not None:
+        right = (forced == targets).double()
+        result["forced_accuracy"] = right.prod(dim=1).mean().item()
+        result["forced_node_accuracy"] = right.mean(dim=0).tolist()
+        if right.size(1) > 2:
             result["cheat_accuracy"] = right[:, 2:].prod(dim=1).mean().item()
     return result
 
 
-def report(line, config):
-    """A log line to read."""
-    def percent(what, shares):
-        return f" | {what} " + " ".join(f"{100 * share:.0f}" for share in shares) if shares else ""
-    loss = f" | loss {line['train_loss']:.4f}" if line["train_loss"] is not None else ""
-    left = int((config["max_iters"] - line["iter"]) * line["elapsed_s"] / max(1, line["iter"]))
-    return (f"iter {line['iter']:5}{loss} | accuracy {line['accuracy']:6.1%} (guessing: {1 / config['deg']:.0%})"
-            + percent("nodes", line["node_accuracy"]) + percent("forced", line["forced_node_accuracy"])
-            + f" | {left // 60}:{left % 60:02} left" * (line["iter"] > 0))
+def verdict(result, args, n_test):
+    """What an evaluation on n_test graphs shows, in a sentence."""
+    accuracy = result["accuracy"]
+    chance = 1 / args.deg
+    # Four standard errors of the accuracy of a guesser, and a little more.
+    margin = 0.02 + 4 * math.sqrt(chance * (1 - chance) / n_test)
+    shown = f"accuracy {accuracy:.1%}, where guessing an arm gives {chance:.1%}"
+    if accuracy >= 0.99:
+        found = "first hop" if args.only_first_hop else "path"
+        return f"{shown}: solved, the model finds the {found}."
+    if args.only_first_hop and abs(accuracy - chance) < margin:
+        return f"{shown}: the first hop alone is not learned (the indecipherable token)."
+    nodes = result["forced_node_accuracy"]
+    if nodes is not None and len(nodes) > 2 and not args.reverse:
+        first_hop, later = nodes[1], min(nodes[2:])
+        if abs(first_hop - chance) < margin and later >= 0.99:
+            return (
+                f"{shown}: the Clever Hans cheat. Given the true nodes before, the first hop is "
+                f"right {first_hop:.1%} of the time, a guess; the worst later node {later:.1%}, a "
+                "look-up."
+            )
+    return f"{shown}: neither solved nor the cheat. Not trained enough, or on too few graphs."
 
 
-def make_optimizer(model, config, device):
-    decayed, other = [], []
+def progress(line, args):
+    """A line of the log, to read."""
+    text = f"iter {line['iter']:5}"
+    if line["train_loss"] is not None:
+        text += f" | loss {line['train_loss']:.4f}"
+    text += f" | accuracy {line['accuracy']:6.1%} (guessing: {1 / args.deg:.0%})"
+    for name, key in (("nodes", "node_accuracy"), ("forced", "forced_node_accuracy")):
+        if line[key] is not None:
+            text += f" | {name} " + " ".join(f"{100 * share:.0f}" for share in line[key])
+    if line["iter"] > 0:
+        left = int(line["elapsed_s"] / line["iter"] * (args.max_iters - line["iter"]))
+        text += f" | {left // 60}:{left % 60:02} left"
+    return text
+
+
+# ---- Model, optimizer, checkpoint
+
+
+def build_model(args, star):
+    if args.model == "gpt":
+        from model_gpt import GPT, GPTConfig  # here, as a copy may have one of the models only
+        longest = star.prefix_len + star.path_len - 1
+        return GPT(GPTConfig(longest, star.vocab_size, args.n_layer, args.n_head, args.n_embd))
+    from model_mamba import Mamba, MambaConfig
+    return Mamba(MambaConfig(star.vocab_size, args.n_layer, args.n_embd, args.d_state))
+
+
+def make_optimizer(model, args, device):
+    """AdamW, with weight decay on matrices only."""
+    decayed, others = [], []
     for p in model.parameters():
-        (decayed if p.dim() >= 2 and not getattr(p, "_no_weight_decay", False) else other).append(p)
-    groups = [{"params": decayed, "weight_decay": config["weight_decay"]}, {"params": other, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config["lr"], fused=device.type == "cuda")
+        if p.dim() >= 2 and not getattr(p, "_no_weight_decay", False):
+            decayed.append(p)
+        else:
+            others.append(p)
+    groups = [
+        {"params": decayed, "weight_decay": args.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.lr, fused=device.type == "cuda")
 
 
-def setup(given, defaults, rank, world):
-    """Everything that can be wrong, before anything is written -> config, checkpoint or None, data, model, device, dtype."""
-    config, ckpt = resolve(given, defaults), None
-    if config["resume"]:
-        if config["out_dir"] is None and config["deg"] is None:
-            raise ValueError("--resume needs --out_dir where the graphs come from files")
-        out_dir = config["out_dir"] or out_dir_of(config, given)
-        try:
-            ckpt, _, model = load_run(out_dir)
-            recorded = ckpt["config"]
-        except FileNotFoundError:          # killed before its first checkpoint
-            with open(os.path.join(out_dir, "log.jsonl")) as f:
-                recorded = json.loads(f.readline())["config"]
-        for flag in given.keys() - {"resume", "out_dir", "max_iters"}:
-            if given[flag] != recorded.get(flag):
-                raise ValueError(f"--{flag} {given[flag]} contradicts the run to resume, which has {recorded.get(flag)}")
-        config = recorded | {"out_dir": out_dir, "max_iters": given.get("max_iters", recorded["max_iters"])}
-    star, train, test, warnings = datasets(**{name: config[name] for name in (
-        "deg", "path_len", "num_nodes", "n_train", "n_test", "seed", "train_file", "test_file")})
-    config.update(deg=star.deg, path_len=star.path_len, num_nodes=star.num_nodes, n_train=len(train[0]), n_test=len(test[0]))
-    config["out_dir"] = config["out_dir"] or out_dir_of(config, given)
-    held = any(os.path.exists(os.path.join(config["out_dir"], file)) for file in ("log.jsonl", "ckpt.pt"))
-    if held and not given.get("resume") and not config["overwrite"] and rank == 0:
-        raise ValueError(f"{config['out_dir']} holds a run already: --resume goes on with it, --overwrite starts over")
-    if config["batch_size"] % world:
-        raise ValueError(f"--batch_size {config['batch_size']} must be a multiple of the {world} processes")
-    name = config["device"] if config["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+def learning_rate(args, step):
+    """Rises over the first warmup_iters steps, and falls to 0 over the last third of all steps."""
+    rise = (step + 1) / (args.warmup_iters + 1)
+    fall = 3 * (1 - step / args.max_iters)
+    return args.lr * min(1.0, rise, fall)
+
+
+def choose_device(name):
+    """Raises ValueError if the device cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"    # torchrun sets it
     try:
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        device = torch.device(name)
         torch.zeros(1, device=device).item()
     except Exception as error:
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = getattr(torch, config["dtype"] if config["dtype"] != "auto" else "bfloat16" if bf16 else "float32")
-    torch.manual_seed(config["seed"])
-    model = model if ckpt else build_model(config, star)
-    return config, ckpt, star, train, test, warnings, model.to(device), device, dtype
+    return device
 
 
-def open_log(config, ckpt, device):
-    """The log, ready for the next line: new, with the header; or resumed, cut back to what the checkpoint knows."""
-    file = os.path.join(config["out_dir"], "log.jsonl")
-    if ckpt:
-        with open(file) as f:
-            header, *lines = f.read().splitlines()
-        header = json.dumps(json.loads(header) | {"config": config})      # which may ask for more steps than before
-        lines = [header] + [line for line in lines if line.endswith("}") and json.loads(line)["iter"] <= ckpt["iter"]]
-    else:
-        os.makedirs(config["out_dir"], exist_ok=True)
-        gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-        machine = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads{gpu}"
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        lines = [json.dumps({"config": config, "versions": versions, "machine": machine})]
-        if os.path.exists(old := os.path.join(config["out_dir"], "ckpt.pt")):
-            os.remove(old)                 # --overwrite
-    with open(file + ".tmp", "w") as log:
-        print(*lines, sep="\n", file=log)
-    os.replace(file + ".tmp", file)
-    return open(file, "a", buffering=1)    # a line is in the file once it is printed
+def choose_dtype(name, device):
+    if name == "auto":
+        name = "float32"
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            name = "bfloat16"
+    return getattr(torch, name)
 
 
-def main():
-    flags, defaults = make_flags()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
+def save(out_dir, model, optimizer, log):
+    """Writes ckpt.pt, with the log in it, and then log.jsonl from the log.
+
+    Each file is first written beside the old one and then takes its place. So there is a whole
+    checkpoint at every moment.
+    """
+    ckpt = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log}
+    path = os.path.join(out_dir, "ckpt.pt")
     try:
-        given = vars(flags.parse_args())
-        config, ckpt, star, train, test, warnings, model, device, dtype = setup(given, defaults, rank, world)
-        if ckpt and (ckpt["iter"] >= config["max_iters"] or ckpt["result"]["accuracy"] >= SOLVED):
-            flags.exit(0, f"finished at step {ckpt['iter']}: {verdict(ckpt['result'], config)}\n" if rank == 0 else None)
-        log = open_log(config, ckpt, device) if rank == 0 else None  # the first thing that is written
-    except (ValueError, OSError, RuntimeError, MemoryError, OverflowError, ImportError) as error:
-        flags.error(str(error))
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say = lambda *words: print(*words, flush=True) if rank == 0 else None
-    for warning in warnings:
-        say("warning:", warning)
-    dollar = star.dollar if config["teacherless"] else None
-    test_prompts, test_targets = (x.to(device) for x in prompts_and_targets(config, *test))
-    held_out = set(keys(test[0]))                                    # fresh training graphs must not be test graphs
-    if config["n_train"]:                                            # a fixed set is tokenized once and stays on the device
-        prompts, targets = prompts_and_targets(config, *train)
-        inputs, wanted = model_input(prompts, targets, dollar).to(device), loss_targets(prompts, targets).to(device)
+        os.makedirs(out_dir, exist_ok=True)
+        torch.save(ckpt, path + ".tmp")
+        os.replace(path + ".tmp", path)
+        write_log(out_dir, log)
+    except (OSError, RuntimeError) as error:  # PyTorch raises RuntimeError if the disk is full
+        sys.exit(f"cannot write to {out_dir}: {error}. The last checkpoint is whole.")
 
-    def batch(it):
-        """The inputs and targets (B, T) of step `it`, this process's share of them."""
-        if config["n_train"]:
-            index = batch_indices(len(inputs), config["batch_size"], config["seed"], it)[rank::world]
-            return (x[torch.from_numpy(index).to(device)] for x in (inputs, wanted))
-        rng = np.random.default_rng([config["seed"], 2, it])
-        prompts, targets = prompts_and_targets(config, *draw_unseen(star, config["batch_size"], rng, held_out, distinct=False))
-        return (x[rank::world].to(device) for x in (model_input(prompts, targets, dollar), loss_targets(prompts, targets)))
 
-    optimizer = make_optimizer(model, config, device)
-    if ckpt:
-        optimizer.load_state_dict(ckpt["optimizer"])
-    start, elapsed, result, earlier = (
-        (ckpt["iter"], ckpt["elapsed_s"], ckpt["result"], ckpt["losses"]) if ckpt else (0, 0.0, None, torch.zeros(0)))
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    step_model = torch.compile(model) if config["compile"] else model
-    if world > 1:
-        step_model = DistributedDataParallel(step_model)
-        control = dist.new_group(backend="gloo")                     # to agree on stopping without waiting for a GPU
-    say(f"{config['model']}, {sum(p.numel() for p in model.parameters()):,} parameters, {star}, {device}, "
-        f"{dtype}".replace("torch.", ""), "->", config["out_dir"])
+def write_log(out_dir, log):
+    path = os.path.join(out_dir, "log.jsonl")
+    with open(path + ".tmp", "w") as file:
+        for line in log:
+            print(json.dumps(line), file=file)
+    os.replace(path + ".tmp", path)
 
-    losses, began, stopped = [], time.time() - elapsed, 0
-    for it in range(start, config["max_iters"] + 1):
-        evaluate = (it % config["eval_interval"] == 0 or it == config["max_iters"]) and not (ckpt and it == start)
-        stop = torch.tensor(max(SIGNALS, default=0))
-        if world > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX, group=control)
-        stopped = stop.item()
-        lr = config["lr"] * min(1.0, (it + 1) / (config["warmup_iters"] + 1), 3 * (1 - it / config["max_iters"]))
-        if evaluate or stopped:
-            mean = torch.stack(losses) if losses else torch.zeros(0)                 # of each step since the last time
-            if world > 1 and losses:
-                dist.all_reduce(mean)
-            earlier, losses = torch.cat([earlier, mean.cpu() / world]), []
-            finite = *earlier.isfinite().tolist(), all(p.isfinite().all() for p in model.parameters())
-            if not all(finite):                                      # the first bad loss, or else the weights after step it
-                bad = min(it, it - len(earlier) + finite.index(False) + 1)
-                flags.exit(1, f"step {bad} made the loss infinite or NaN: stopped. The last good checkpoint stays in "
-                              f"{config['out_dir']}; a smaller --lr may help\n" if rank == 0 else None)
-        if evaluate:
-            if rank == 0:
-                with autocast:
-                    result = summary(*predict(model, test_prompts, test_targets, dollar), test_targets)
-            if world > 1:
-                dist.broadcast_object_list(shared := [result])
-                result = shared[0]
-            line = {"iter": it, "examples": it * config["batch_size"], "elapsed_s": round(time.time() - began, 2),
-                    "train_loss": earlier.mean().item() if len(earlier) else None, "lr": lr, **result}
-            earlier = torch.zeros(0)
-        if (evaluate or stopped) and rank == 0:
-            try:
-                if evaluate:
-                    print(json.dumps(line), file=log)
-                    say(report(line, config))
-                save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": config, "iter": it,
-                      "elapsed_s": time.time() - began, "result": result, "losses": earlier}, config["out_dir"])
-            except (OSError, RuntimeError) as error:
-                flags.exit(1, f"cannot write to {config['out_dir']}: {error}. The checkpoint before is whole: --resume\n")
-        if stopped or it == config["max_iters"] or result["accuracy"] >= SOLVED:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+
+def load_checkpoint(out_dir):
+    """-> the checkpoint of a run, its flags, its PathStar and its model, on the CPU
+
+    Raises OSError if there is no ckpt.pt in the folder, ValueError if it is not one of train.py.
+    No code in the file is run.
+    """
+    path = os.path.join(out_dir, "ckpt.pt")
+    open(path, "rb").close()
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        args = argparse.Namespace(**ckpt["log"][0]["config"])
+        star = PathStar(args.deg, args.path_len, args.num_nodes)
+        model = build_model(args, star)
+        model.load_state_dict(ckpt["model"])
+    except Exception as error:
+        reason = f"{type(error).__name__} {str(error).split('.')[0]}"
+        raise ValueError(f"{path} does not hold a run of train.py: {reason}") from None
+    return ckpt, args, star, model
+
+
+def resume(flags):
+    """-> the checkpoint of the run to go on with, its flags and its model"""
+    given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    others = given - {"--resume", "--max_iters"}
+    if others:
+        raise ValueError(f"--resume keeps the settings of the run: omit {' '.join(others)}")
+    ckpt, args, _, model = load_checkpoint(flags.resume)
+    args.out_dir = flags.resume
+    if flags.max_iters is not None:
+        args.max_iters = flags.max_iters
+    return ckpt, args, model
+
+
+# ---- The run
+
+
+def log_header(args, device):
+    """The first line of a log: how the run was started, with what versions, and where."""
+    machine = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine += f", {torch.cuda.get_device_name(device)}"
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    versions["numpy"] = np.__version__
+    command = shlex.join(["python", "train.py", *sys.argv[1:]])
+    return {"command": command, "config": vars(args), "versions": versions, "machine": machine}
+
+
+def mean_loss(losses):
+    """The mean over the steps, and over the processes."""
+    mean = torch.stack(losses).mean()
+    if WORLD_SIZE > 1:
+        dist.all_reduce(mean)
+    return mean.item() / WORLD_SIZE
+
+
+def evaluate(args, star, model, test_set, device, autocast):
+    """-> the `summary` for the test set, the same dict in every process"""
+    shared = [None]
+    if RANK == 0:
+        prompts, targets = prompts_and_targets(args, *test_set)
+        prompts, targets = prompts.to(device), targets.to(device)
+        dollar = star.dollar if args.teacherless else None
         with autocast:
-            _, loss = step_model(*batch(it))
+            answers, forced = predict(model, prompts, targets, dollar)
+        shared = [summary(answers, forced, targets)]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def stop_if_not_finite(args, step, train_loss, model):
+    if math.isfinite(train_loss) and all(p.isfinite().all() for p in model.parameters()):
+        return
+    if RANK == 0:
+        print(
+            f"the loss or a weight became infinite or NaN before step {step}. The last good "
+            f"checkpoint is in {args.out_dir}; a smaller --lr may help", file=sys.stderr
+        )
+    sys.exit(1)
+
+
+def train(args, star, train_set, test_set, model, optimizer, device, log):
+    """Goes on from the last line of the log to the end of the run."""
+    dtype = choose_dtype(args.dtype, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    step_model = torch.compile(model) if args.compile else model
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        step_model = DistributedDataParallel(step_model)
+    inputs, targets = training_tokens(args, star, *train_set)
+    inputs, targets = inputs.to(device), targets.to(device)
+    test_keys = set(keys(test_set[0]))
+
+    def get_batch(step):
+        """-> inputs and loss targets; of the batch of all processes, every WORLD_SIZE-th row"""
+        if args.n_train > 0:
+            indices = batch_indices(args.n_train, args.batch_size, args.seed, step)
+            indices = torch.from_numpy(indices[RANK::WORLD_SIZE]).to(device)
+            return inputs[indices], targets[indices]
+        rng = np.random.default_rng([args.seed, 2, step])
+        graphs = draw_unseen(star, args.batch_size, rng, test_keys, distinct=False)
+        x, y = training_tokens(args, star, *graphs)
+        return x[RANK::WORLD_SIZE].to(device), y[RANK::WORLD_SIZE].to(device)
+
+    if RANK == 0 and len(log) > 1:
+        write_log(args.out_dir, log)  # a killed run may have saved its checkpoint, but not its log
+    step = log[-1].get("iter", 0)  # the header has none
+    began = time.time() - log[-1].get("elapsed_s", 0.0)
+    losses = []
+    while True:
+        due = step % args.eval_interval == 0 or step == args.max_iters
+        if due and log[-1].get("iter") != step:
+            train_loss = None
+            if step > 0:
+                train_loss = mean_loss(losses)
+                stop_if_not_finite(args, step, train_loss, model)
+                losses = []
+            result = evaluate(args, star, model, test_set, device, autocast)
+            line = {"iter": step, "examples": step * args.batch_size}
+            line["elapsed_s"] = round(time.time() - began, 2)
+            line.update(train_loss=train_loss, lr=learning_rate(args, step), **result)
+            log.append(line)
+            if RANK == 0:
+                save(args.out_dir, model, optimizer, log)
+                print(progress(line, args), flush=True)
+        if step >= args.max_iters or log[-1]["accuracy"] >= SOLVED:
+            break
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step)
+        x, y = get_batch(step)
+        with autocast:
+            _, loss = step_model(x, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.detach())
-    go_on = f"interrupted after step {it}: python train.py --resume --out_dir {config['out_dir']} goes on"
-    say(go_on if stopped else verdict(result, config))
-    if world > 1:
-        dist.barrier()                                               # rank 0 serves the others: it must not leave first
-        del step_model          # else DDP ends the group, when main returns, with Python's lock held: now and then a deadlock
+        step += 1
+
+    if WORLD_SIZE > 1:
+        dist.barrier()  # process 0 serves the others, so it must not leave first
+        del step_model  # it must let go of the group first: else the exit hangs now and then
         dist.destroy_process_group()
-    if stopped:
-        sys.exit(128 + stopped)
+
+
+def main():
+    parser = make_parser()
+    args = parser.parse_args()
+    ckpt = None
+    try:  # whatever is wrong with flags and files shows here, before anything is written
+        if args.resume is None:
+            fill_in_defaults(args)
+        else:
+            ckpt, args, model = resume(args)
+        star, train_set, test_set = datasets(
+            args.deg, args.path_len, args.num_nodes, args.n_train, args.n_test, args.seed,
+            args.train_file, args.test_file
+        )
+        args.deg, args.path_len, args.num_nodes = star.deg, star.path_len, star.num_nodes
+        args.n_train, args.n_test = len(train_set[0]), len(test_set[0])
+        device = choose_device(args.device)
+        if ckpt is None:
+            args.out_dir = new_out_dir(args)
+            torch.manual_seed(args.seed)
+            model = build_model(args, star)
+        if args.batch_size % WORLD_SIZE > 0:
+            raise ValueError(f"--batch_size must be a multiple of the {WORLD_SIZE} processes")
+        model.to(device)
+        optimizer = make_optimizer(model, args, device)
+        if ckpt is None:
+            log = [log_header(args, device)]
+        else:
+            optimizer.load_state_dict(ckpt["optimizer"])
+            log = ckpt["log"]
+            log[0]["config"] = vars(args)
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
+        parser.error(" ".join(str(error).split()))
+
+    if RANK == 0:
+        n_params = sum(p.numel() for p in model.parameters())
+        print(f"{args.model}, {n_params:,} parameters, {star}, {device} -> {args.out_dir}")
+    try:
+        train(args, star, train_set, test_set, model, optimizer, device, log)
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted. To go on: python train.py --resume {args.out_dir}")
+    if RANK == 0:
+        print(verdict(log[-1], args, args.n_test))
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):                   # the first is heeded after the step, a second kills
-        signal.signal(number, lambda number, frame: (SIGNALS.append(number), signal.signal(number, signal.SIG_DFL)))
     main()

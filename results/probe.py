@@ -1,11 +1,15 @@
-"""Where in the stack a teacherless model knows which node: linear probes, as Markdown.
+"""Where in the stack does a teacherless model know which node? Linear probes, as Markdown.
 
     python results/reproduce.py gpt-teacherless-seed2 mamba-teacherless-seed1
-    python results/probe.py out/reproduce/gpt-teacherless-seed2 out/reproduce/mamba-teacherless-seed1 > results/probe.md
+    python results/probe.py out/reproduce/gpt-teacherless-seed2 \
+        out/reproduce/mamba-teacherless-seed1 > results/probe.md
 
-A cell is the share of 2,000 new graphs in which the node of its row can be read off the residual stream after a layer, by a
-least-squares map fitted on 4,000 others, at the position of its column: the one that is to predict "start" (the prompt's last
-token), "hop 1" (the first $), and so on. Nothing tells the model to hold a node where it does not have to predict it.
+A cell belongs to a layer, a node of the path and a position of the input. A least-squares map from
+the residual stream after this layer, at this position, to the node is fitted on 4,000 new graphs.
+The cell is the share of 2,000 other graphs in which the map finds the node.
+
+The position "at start" is the one that has to predict the start, the last token of the prompt. The
+position "at hop 1" is the first $, and so on. Training asks for a node at its own position only.
 """
 import sys
 from pathlib import Path
@@ -17,37 +21,71 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data import draw  # noqa: E402
-from train import load_run, model_input, prompts_and_targets  # noqa: E402
+from train import load_checkpoint, model_input, prompts_and_targets  # noqa: E402
+
+N_FIT, N_TEST = 4000, 2000
 
 
 @torch.no_grad()
-def layers(model, idx):
-    """The residual stream after each layer, (B, T, width) each."""
-    after = []
-    for block in model.transformer.h if hasattr(model, "transformer") else model.backbone.layers:
-        block.register_forward_hook(lambda module, given, x: after.append(x))
+def residual_streams(model, idx):
+    """The residual stream after each layer -> a list of (n, T, width)"""
+    streams = []
+
+    def keep(layer, inputs, output):
+        x, _ = output  # the other one is a cache or a state
+        streams.append(x)
+
+    layers = model.transformer.h if hasattr(model, "transformer") else model.backbone.layers
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
     model(idx)
-    return after
+    for hook in hooks:
+        hook.remove()
+    return streams
 
 
-print("Made by `python results/probe.py " + " ".join(sys.argv[1:]) + "`; how, is in its docstring.\n")
-for folder in sys.argv[1:]:
-    ckpt, star, model = load_run(folder)
-    if not ckpt["config"]["teacherless"] or ckpt["config"]["reverse"]:
-        sys.exit(f"probe.py: {folder} was not trained by --teacherless, from start to goal")
-    prompts, targets = prompts_and_targets(ckpt["config"], *draw(star, 6000, np.random.default_rng(99)))
-    names = ["start", *(f"hop {i}" for i in range(1, star.path_len - 1)), "goal"]
-    config, accuracy = ckpt["config"], ckpt["result"]["accuracy"]
-    print(f"{config['model']}, seed {config['seed']}, step {ckpt['iter']}, accuracy {accuracy:.1%}\n")
-    print("| after layer | node | " + " | ".join(f"at {name}" for name in names[:-1]) + " |\n|" + "---|" * (1 + len(names)))
-    for number, x in enumerate(layers(model, model_input(prompts, targets, star.dollar)), 1):
-        x = F.pad(x[:, prompts.size(1) - 1:], (0, 1), value=1.0)     # (6000, path_len, width + 1), from the prompt's end on
-        for node in range(1, star.path_len - 1):
-            shares = []
-            for at in range(star.path_len - 1):
-                wanted = F.one_hot(targets[:, node], star.vocab_size).to(x.dtype)
-                weight = torch.linalg.lstsq(x[:4000, at], wanted[:4000]).solution
-                right = (x[4000:, at] @ weight).argmax(dim=1) == targets[4000:, node]
-                shares.append(f"{right.double().mean().item():.0%}")
-            print(f"| {number} | {names[node]} | " + " | ".join(shares) + " |")
+def probe(x, nodes, vocab_size):
+    """The share of the test graphs whose node a linear map finds in x (n, width)."""
+    x = F.pad(x, (0, 1), value=1.0)                             # for the constant of the map
+    targets = F.one_hot(nodes, vocab_size).to(x.dtype)
+    weight = torch.linalg.lstsq(x[:N_FIT], targets[:N_FIT]).solution
+    found = (x[N_FIT:] @ weight).argmax(dim=1)
+    return (found == nodes[N_FIT:]).double().mean().item()
+
+
+def print_probes(folder):
+    """Prints the table for the run in a folder."""
+    ckpt, args, star, model = load_checkpoint(folder)
+    if not args.teacherless or args.reverse:
+        sys.exit(f"probe.py: {folder} was not trained with --teacherless, from start to goal")
+    end = ckpt["log"][-1]
+    accuracy = f"{end['accuracy']:.1%}"
+    print(f"{args.model}, seed {args.seed}, step {end['iter']}, accuracy {accuracy}\n")
+    hops = [f"hop {i}" for i in range(1, star.path_len - 1)]
+    columns = ["after layer", "node", *[f"at {name}" for name in ["start", *hops]]]
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+
+    graphs = draw(star, N_FIT + N_TEST, np.random.default_rng(99))
+    prompts, targets = prompts_and_targets(args, *graphs)
+    idx = model_input(prompts, torch.full_like(targets, star.dollar))
+    for layer, x in enumerate(residual_streams(model, idx), start=1):
+        x = x[:, prompts.size(1) - 1:]                          # (n, path_len, width)
+        for node, name in enumerate(hops, start=1):
+            row = [str(layer), name]
+            for position in range(star.path_len - 1):
+                share = probe(x[:, position], targets[:, node], star.vocab_size)
+                row.append(f"{share:.0%}")
+            print("| " + " | ".join(row) + " |")
     print()
+
+
+def main():
+    folders = sys.argv[1:]
+    command = " ".join(["python results/probe.py", *folders])
+    print(f"Made by `{command}`.\nThe docstring of `probe.py` says how.\n")
+    for folder in folders:
+        print_probes(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,15 @@
-"""Runs the recorded experiments again, or for the first time, and compares what comes out with the record.
+"""Runs the recorded experiments again, and compares what comes out with the record.
 
-    python results/reproduce.py                          all, one after the other; goes on where it was interrupted
-    python results/reproduce.py mamba-teacherless-seed0  one of them
-    python results/reproduce.py --list                   their names, commands and recorded minutes
-    python results/reproduce.py --record ...             keep the logs beside this file, as <name>.jsonl
+    python results/reproduce.py                           all, one after the other
+    python results/reproduce.py mamba-teacherless-seed0   one of them
+    python results/reproduce.py --list                    names, commands and recorded minutes
+    python results/reproduce.py --record ...              keeps the logs as results/logs/NAME.jsonl
 
-The runs go to out/reproduce/<name>. What is compared is every figure of every log line but the time; another machine, number of
-threads or version of PyTorch rounds differently, and a run that waits on a plateau then leaves it at another step.
+The runs go to out/reproduce/NAME. The same command goes on where it was interrupted. Of each line
+of the log, all figures are compared but the time, and those that only one of both logs has.
+
+Another machine, number of threads or version of PyTorch rounds differently. A run that waits on a
+plateau then leaves it at another step.
 """
 import argparse
 import json
@@ -16,72 +19,141 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+PROJECT = HERE.parent
+sys.path.insert(0, str(PROJECT))
 from train import SOLVED  # noqa: E402
 
-OBJECTIVES = {"teacher_forced": (), "teacherless": ("--teacherless",), "reverse": ("--reverse",),
-              "first_hop": ("--only_first_hop",)}
-GRID_STEPS = 3000                          # the same for both models and objectives
+OBJECTIVES = {
+    "teacher_forced": [],
+    "teacherless": ["--teacherless"],
+    "reverse": ["--reverse"],
+    "first_hop": ["--only_first_hop"],
+}
+GRID_SIZES = [(2, 3), (2, 4), (2, 6), (3, 5), (5, 5)]  # (deg, path_len) beside the default (2, 5)
+GRID_STEPS = 3000                                      # for both models and objectives
 
 
 def experiments():
     """-> {name: flags of train.py}"""
-    runs = {f"{model}-{objective}-seed{seed}": ("--model", model, *flags, "--seed", str(seed))
-            for model in ("gpt", "mamba") for objective, flags in OBJECTIVES.items() for seed in range(3)}
-    for model, seed, steps in (("gpt", 2, 13000), ("mamba", 1, 5000)):   # five times what that seed needs teacherless
-        runs[f"{model}-teacher_forced-long-seed{seed}"] = ("--model", model, "--seed", str(seed), "--max_iters", str(steps))
-    for deg, path_len in ((2, 3), (2, 4), (2, 6), (3, 5), (5, 5)):       # with (2, 5) above: how the failure grows
+    runs = {}
+    for model in ("gpt", "mamba"):
+        for objective, flags in OBJECTIVES.items():
+            for seed in range(3):
+                name = f"{model}-{objective}-seed{seed}"
+                runs[name] = ["--model", model, *flags, "--seed", str(seed)]
+
+    # Teacher-forced with five times the steps that the seed needs teacherless.
+    for model, seed, steps in (("gpt", 2, 13000), ("mamba", 1, 5000)):
+        name = f"{model}-teacher_forced-long-seed{seed}"
+        runs[name] = ["--model", model, "--seed", str(seed), "--max_iters", str(steps)]
+
+    # The grid: how the failure grows with the graph.
+    for deg, path_len in GRID_SIZES:
+        num_nodes = max(10, deg * (path_len - 1) + 2)
+        size = f"--deg {deg} --path_len {path_len} --num_nodes {num_nodes}".split()
         for model in ("gpt", "mamba"):
-            size = ("--deg", deg, "--path_len", path_len, "--num_nodes", max(10, deg * (path_len - 1) + 2),
-                    "--max_iters", GRID_STEPS)
             for objective in ("teacher_forced", "teacherless"):
                 name = f"{model}-{objective}-deg{deg}-len{path_len}-seed0"
-                runs[name] = ("--model", model, *OBJECTIVES[objective], *map(str, size))
+                flags = ["--model", model, *OBJECTIVES[objective], *size]
+                runs[name] = [*flags, "--max_iters", str(GRID_STEPS)]
     return runs
 
 
-def read(file):
-    """-> the lines of a log, without its header and without times; None if there is no finished log"""
+def command(folder, flags):
+    """The command that starts the run in this folder, or goes on with it from its checkpoint."""
+    python = [sys.executable, "train.py"]
+    if (PROJECT / folder / "ckpt.pt").exists():
+        return [*python, "--resume", str(folder)]
+    return [*python, "--out_dir", str(folder), *flags]
+
+
+def read_log(file):
+    """-> the header of a log, and its lines"""
+    header, *lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return header, lines
+
+
+def is_finished(file):
+    """Whether this is the log of a run that came to its end."""
     if not file.exists():
-        return None
-    header, *lines = map(json.loads, file.read_text().splitlines())
-    finished = lines and (lines[-1]["iter"] == header["config"]["max_iters"] or lines[-1]["accuracy"] >= SOLVED)
-    return [{**line, "elapsed_s": None} for line in lines] if finished else None
+        return False
+    header, lines = read_log(file)
+    end = lines[-1]
+    return end["iter"] == header["config"]["max_iters"] or end["accuracy"] >= SOLVED
 
 
 def minutes(file):
-    return json.loads(file.read_text().splitlines()[-1])["elapsed_s"] / 60 if file.exists() else None
+    """What the run took; 0 if there is no log."""
+    if not file.exists():
+        return 0
+    _, lines = read_log(file)
+    return lines[-1]["elapsed_s"] / 60
+
+
+def same_figures(file, other):
+    """Whether two logs have the same lines. The docstring of this file says what is compared."""
+    _, lines = read_log(file)
+    _, other_lines = read_log(other)
+    if len(lines) != len(other_lines):
+        return False
+    for line, other_line in zip(lines, other_lines):
+        for key in (line.keys() & other_line.keys()) - {"elapsed_s"}:
+            if line[key] != other_line[key]:
+                return False
+    return True
+
+
+def end(file):
+    _, lines = read_log(file)
+    return f"{lines[-1]['accuracy']:.1%} at step {lines[-1]['iter']}"
+
+
+def compare(name, log, record):
+    """Prints how the log compares with the record."""
+    if not record.exists():
+        verdict = "there is no record"
+    elif same_figures(log, record):
+        verdict = "the record is the same"
+    else:
+        verdict = f"the record differs, with {end(record)}"
+    print(f"{name}: accuracy {end(log)}; {verdict}", flush=True)
+
+
+def record_of(name):
+    return HERE / "logs" / f"{name}.jsonl"
 
 
 def main():
-    flags = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    flags.add_argument("names", nargs="*", help="which experiments; all by default")
-    flags.add_argument("--list", action="store_true", help="print names and commands only")
-    flags.add_argument("--record", action="store_true", help="keep the logs beside this file")
-    args = flags.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help="which experiments; all by default")
+    parser.add_argument("--list", action="store_true", help="print names and commands only")
+    parser.add_argument("--record", action="store_true", help="keep the logs in results/logs")
+    args = parser.parse_args()
     runs = experiments()
     for name in args.names:
         if name not in runs:
-            flags.error(f"there is no experiment {name}: --list names them")
-    todo = {name: runs[name] for name in args.names or runs}
-    for number, (name, options) in enumerate(todo.items()):
-        record, folder = HERE / f"{name}.jsonl", HERE.parent / "out" / "reproduce" / name
-        known = [minutes(HERE / f"{other}.jsonl") for other in list(todo)[number:]]
-        if args.list:
-            print(f"{name:44} python train.py {' '.join(options)}" + (f"   {known[0]:.1f} min" if known[0] else ""))
-            continue
-        if read(folder / "log.jsonl") is None:
-            left = sum(time for time in known if time)
-            print(f"{name}, {number + 1} of {len(todo)}; {left:.0f} minutes left for those that are recorded", flush=True)
-            given = ["--resume"] if (folder / "log.jsonl").exists() else options
-            subprocess.run([sys.executable, "train.py", "--out_dir", folder.relative_to(HERE.parent), *given],
-                           check=True, cwd=HERE.parent)
-        new, old = read(folder / "log.jsonl"), read(record)
+            parser.error(f"there is no experiment {name}: --list names them")
+    names = args.names or list(runs)
+
+    if args.list:
+        for name in names:
+            took = minutes(record_of(name))
+            shown = f"   {took:.1f} min" if took > 0 else ""
+            print(f"{name:44} python train.py {' '.join(runs[name])}{shown}")
+        return
+
+    for i, name in enumerate(names):
+        folder = Path("out") / "reproduce" / name
+        log = PROJECT / folder / "log.jsonl"
+        if not is_finished(log):
+            left = sum(minutes(record_of(other)) for other in names[i:])
+            print(f"{name}, {i + 1} of {len(names)}; the records took {left:.0f} minutes from here")
+            sys.stdout.flush()
+            subprocess.run(command(folder, runs[name]), check=True, cwd=PROJECT)
+        compare(name, log, record_of(name))
         if args.record:
-            shutil.copy(folder / "log.jsonl", record)
-        ends = [f"{lines[-1]['accuracy']:.1%} at step {lines[-1]['iter']}" for lines in (new, old) if lines]
-        beside = "is the same" if old == new else f"has {ends[1]}" if old else "is new"
-        print(f"{name}: accuracy {ends[0]}; the record {beside}")
+            record_of(name).parent.mkdir(exist_ok=True)
+            shutil.copy(log, record_of(name))
 
 
 if __name__ == "__main__":

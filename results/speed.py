@@ -1,16 +1,18 @@
-"""Measures this project's speed beside other projects', side by side in one run, and prints results/speed.md.
+"""Measures this project's speed beside others', in one run, and prints results/speed.md.
 
     pip install transformers==5.* mambapy==1.2.0 tqdm pandas
-    git clone https://github.com/karpathy/nanoGPT && git clone https://github.com/gregorbachmann/Next-Token-Failures
+    git clone https://github.com/karpathy/nanoGPT
+    git clone https://github.com/gregorbachmann/Next-Token-Failures
     python results/speed.py --nanogpt nanoGPT --authors Next-Token-Failures > results/speed.md
 
-Every number is the median of calls that take turns. --only names the tables to make.
+Every time is the median of calls that take turns. --only names the tables to make. One of them,
+gpu_training, needs a GPU and is made only if it is named.
 """
 import argparse
 import contextlib
 import datetime
 import importlib.util
-import itertools
+import io
 import json
 import logging
 import os
@@ -22,353 +24,575 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
-import train
-from data import PathStar, draw, text
-from model_gpt import GPT, GPTConfig
-from model_mamba import Mamba, MambaConfig
-from scan_kernel import selective_scan, selective_scan_ref
+import scan_speed
+from authors import write_graphs
 
-logging.disable(logging.WARNING)
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+import scan_kernel  # noqa: E402
+import train  # noqa: E402
+from data import PathStar, draw  # noqa: E402
+from model_gpt import GPT, GPTConfig  # noqa: E402
+from model_mamba import Mamba, MambaConfig  # noqa: E402
 
 
-def take_turns(calls, seconds=4):
-    """{name: function} -> {name: median milliseconds of a call}, after one call each to warm up."""
-    once = 0
+def take_turns(calls, seconds):
+    """Calls the functions in turn, for about as many seconds -> {name: median milliseconds}"""
+    once = 0.0
     for call in calls.values():
-        call()
+        call()  # to warm up
         start = time.perf_counter()
         call()
         once += time.perf_counter() - start
+    rounds = max(3, min(300, int(seconds / once)))
     times = {name: [] for name in calls}
-    for _ in range(max(3, min(300, int(seconds / once)))):
+    for _ in range(rounds):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(t) for name, t in times.items()}
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(measured) for name, measured in times.items()}
 
 
-def table(*rows):
-    for i, row in enumerate(rows):
-        print("| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row) + " |")
-        if i == 0:
-            print("|" + "---|" * len(row))
+def print_table(columns, rows):
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        cells = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row]
+        print("| " + " | ".join(cells) + " |")
     print(flush=True)
 
 
+# ---- The scan
+
+SCAN_SIZES = [
+    (1, 1, 16, 1), (1, 4, 16, 4), (1, 16, 16, 4), (1, 64, 64, 16), (64, 1, 256, 16),
+    (4, 128, 128, 16), (1, 512, 512, 16), (128, 27, 128, 16), (256, 17, 256, 16),
+    (8, 512, 256, 16), (4, 2048, 512, 16),
+]
+SCANS_TEXT = """\
+The shape is (batch, seqlen, dim, dstate). Then come milliseconds of ours, and how many times as
+long the others take:
+
+- mambapy: its pscan.
+- transformers: its sequential path, which indexes the sequence at every step.
+- our plain loop under autograd. It takes the sequence apart once, and is therefore faster.
+- doubling: a parallel scan.
+"""
+
+
 def mambapy_scan(u, delta, A, B, C, D, z, delta_bias):
-    """mambapy's scan (pscan), from the layout that ours has."""
+    """mambapy's pscan, from our layout and back."""
     from mambapy.mamba import MambaBlock
-    y = MambaBlock.selective_scan(None, u.mT, F.softplus(delta.mT + delta_bias), A, B.mT, C.mT, D)
+    dt = F.softplus(delta.mT + delta_bias)
+    y = MambaBlock.selective_scan(None, u.mT, dt, A, B.mT, C.mT, D)
     return (y * F.silu(z.mT)).mT
 
 
 def transformers_scan(u, delta, A, B, C, D, z, delta_bias):
     from transformers.models.mamba.modeling_mamba import mamba_selective_scan
-    return mamba_selective_scan(u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=True)
+    return mamba_selective_scan(
+        u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=True
+    )
 
 
-def doubling(u, delta, A, B, C, D, z, delta_bias):
-    """The scan as an associative one: after round k, a and h are what the 2^k steps up to each t do together."""
-    dt, step = F.softplus(delta + delta_bias[:, None]), 1
-    a, h = torch.exp(torch.einsum("bdl,dn->bdnl", dt, A)), torch.einsum("bdl,bnl->bdnl", dt * u, B)
-    while step < u.shape[2]:
-        h, a = h + a * F.pad(h[..., :-step], (step, 0)), a * F.pad(a[..., :-step], (step, 0), value=1.0)
-        step *= 2
-    return (torch.einsum("bdnl,bnl->bdl", h, C) + D[:, None] * u) * F.silu(z)
-
-
-def scan_inputs(b, l, d, n):
-    torch.manual_seed(0)
-    sizes = (b, d, l), (b, d, l), (d, n), (b, n, l), (b, n, l), (d,), (b, d, l), (d,)
-    inputs = [torch.randn(size).requires_grad_() for size in sizes]
-    inputs[2].data = -n * torch.rand(d, n)
-    return inputs
-
-
-def scans():
+def print_scans(args):
     print(f"## The scan, forward + backward, float32, {torch.get_num_threads()} threads\n")
-    print("(batch, seqlen, dim, dstate); milliseconds of ours, and how many times as long the others take: mambapy's pscan; "
-          "the sequential path of transformers, which indexes the sequence at every step; this project's own plain loop under "
-          "autograd, which unbinds it once and is therefore faster; and a parallel scan by doubling.\n")
-    rows = [["shape", "ours, ms", "best of the three", "mambapy", "transformers", "our plain loop", "doubling"]]
-    for shape in [(1, 1, 16, 1), (1, 4, 16, 4), (1, 16, 16, 4), (1, 64, 64, 16), (64, 1, 256, 16), (4, 128, 128, 16),
-                  (1, 512, 512, 16), (128, 27, 128, 16), (256, 17, 256, 16), (8, 512, 256, 16), (4, 2048, 512, 16)]:
-        inputs = scan_inputs(*shape)
-        calls = {"ours": lambda *x: selective_scan(*x, delta_softplus=True), "mambapy": mambapy_scan,
-                 "transformers": transformers_scan, "loop": lambda *x: selective_scan_ref(*x, delta_softplus=True),
-                 "doubling": doubling}
-        work = np.prod(shape)
-        if work > 3e7:                                               # minutes a call
-            del calls["doubling"], calls["transformers"]
-        elif shape[1] > 256:
-            del calls["transformers"]
-        both = lambda f: torch.autograd.grad((y := f(*inputs)), inputs, torch.ones_like(y), allow_unused=True)
-        ms = take_turns({name: (lambda f=f: both(f)) for name, f in calls.items()})
-        ratio = {name: t / ms["ours"] for name, t in ms.items()}
-        best = min(r for name, r in ratio.items() if name in ("mambapy", "transformers", "loop"))
-        others = [ratio.get(name, "-") for name in ("mambapy", "transformers", "loop", "doubling")]
-        rows.append([shape, ms["ours"], best, *others])
-    table(*rows)
+    print(SCANS_TEXT)
+    columns = [
+        "shape", "ours, ms", "best of the three", "mambapy", "transformers", "our plain loop",
+        "doubling",
+    ]
+    rows = []
+    for size in SCAN_SIZES:
+        inputs = scan_speed.scan_inputs(*size)
+        scans = {"ours": scan_speed.ours, "mambapy": mambapy_scan, "loop": scan_speed.plain_loop}
+        work = np.prod(size)
+        if work <= 3e7:  # else a call takes minutes
+            scans["doubling"] = scan_speed.doubling
+            if size[1] <= 256:
+                scans["transformers"] = transformers_scan
+        calls = {}
+        for name, scan in scans.items():
+            calls[name] = partial(scan_speed.forward_and_backward, scan, inputs)
+        ms = take_turns(calls, seconds=4)
+        ratios = {name: t / ms["ours"] for name, t in ms.items()}
+        three = [ratios.get(name, "-") for name in ("mambapy", "transformers", "loop")]
+        best = min(ratio for ratio in three if ratio != "-")
+        rows.append([size, ms["ours"], best, *three, ratios.get("doubling", "-")])
+    print_table(columns, rows)
 
 
-def steps(args):
-    """A step of training at the default sizes: forward, backward, AdamW."""
-    print("## A training step, one thread each, default sizes (batch 128, 27 + 4 tokens)\n")
-    from mambapy.mamba import Mamba as Mambapy, MambaConfig as MambapyConfig
-    from transformers import MambaConfig as TransformersConfig, MambaForCausalLM
-    spec = importlib.util.spec_from_file_location("nanogpt", Path(args.nanogpt) / "model.py")
-    spec.loader.exec_module(nanogpt := importlib.util.module_from_spec(spec))
-    torch.set_num_threads(1)
-    star = PathStar(2, 5, 10)
-    prefixes, paths = map(torch.from_numpy, draw(star, 128, np.random.default_rng(0)))
-    idx, targets = train.model_input(prefixes, paths), train.loss_targets(prefixes, paths)
+# ---- A training step
 
-    def step(model, logits):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-        def call():
-            optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(logits(model).flatten(0, 1), targets.flatten(), ignore_index=-1).backward()
-            optimizer.step()
-        return call
+def training_step(model, get_logits, targets):
+    """-> a function that takes a step: forward, backward, AdamW"""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    first = lambda model: model(idx, targets)[0]
-    ms = take_turns({
-        "ours": step(Mamba(MambaConfig(vocab_size=14, n_layer=3, d_model=128, d_state=16)), first),
-        "transformers": step(MambaForCausalLM(TransformersConfig(
-            vocab_size=14, hidden_size=128, state_size=16, num_hidden_layers=3, use_mambapy=False)), lambda m: m(idx).logits),
-        "mambapy": step(torch.nn.Sequential(
-            torch.nn.Embedding(14, 128), Mambapy(MambapyConfig(d_model=128, n_layers=3, d_state=16)), torch.nn.RMSNorm(128),
-            torch.nn.Linear(128, 14, bias=False)), lambda m: m(idx)),
-    }, seconds=20)
-    table(["Mamba, 3 layers, width 128, d_state 16", "ms", "examples per second", "times as long as ours"],
-          *([name, t, f"{128e3 / t:.0f}", t / ms["ours"]] for name, t in ms.items()))
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        logits = get_logits(model)
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1).backward()
+        optimizer.step()
+
+    return step
+
+
+def print_step_times(title, ms):
+    rows = []
+    for name, t in ms.items():
+        rows.append([name, t, f"{1e3 * 128 / t:.0f}", t / ms["ours"]])
+    print_table([title, "ms", "examples per second", "times as long as ours"], rows)
+
+
+def mamba_steps(idx, targets):
+    """-> {name: function that takes a step} for Mambas of the default size"""
+    from mambapy.mamba import Mamba as MambapyLayers
+    from mambapy.mamba import MambaConfig as MambapyConfig
+    from transformers import MambaConfig as TransformersConfig
+    from transformers import MambaForCausalLM
+    ours = Mamba(MambaConfig(vocab_size=14, n_layer=3, d_model=128, d_state=16))
+    transformers = MambaForCausalLM(TransformersConfig(
+        vocab_size=14, hidden_size=128, state_size=16, num_hidden_layers=3, use_mambapy=False
+    ))
+    mambapy = torch.nn.Sequential(
+        torch.nn.Embedding(14, 128),
+        MambapyLayers(MambapyConfig(d_model=128, n_layers=3, d_state=16)),
+        torch.nn.RMSNorm(128),
+        torch.nn.Linear(128, 14, bias=False),
+    )
+    return {
+        "ours": training_step(ours, lambda model: model(idx)[0], targets),
+        "transformers": training_step(transformers, lambda model: model(idx).logits, targets),
+        "mambapy": training_step(mambapy, lambda model: model(idx), targets),
+    }
+
+
+def gpt_steps(idx, targets, checkout):
+    """-> {name: function that takes a step} for Transformers of the default size"""
+    spec = importlib.util.spec_from_file_location("nanogpt", Path(checkout) / "model.py")
+    nanogpt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
     size = dict(block_size=31, vocab_size=14, n_layer=6, n_head=4, n_embd=64)
-    with contextlib.redirect_stdout(None):                           # it prints its size
-        theirs, same_gelu = (nanogpt.GPT(nanogpt.GPTConfig(**size, dropout=0.0)) for _ in range(2))
+    with contextlib.redirect_stdout(io.StringIO()):             # it prints its size
+        theirs = nanogpt.GPT(nanogpt.GPTConfig(**size, dropout=0.0))
+        same_gelu = nanogpt.GPT(nanogpt.GPTConfig(**size, dropout=0.0))
     for block in same_gelu.transformer.h:
         block.mlp.gelu = torch.nn.GELU(approximate="tanh")
-    ms = take_turns({"ours": step(GPT(GPTConfig(**size)), first),
-                     "ours, attention written out": step(GPT(GPTConfig(**size, fused=False)), first),
-                     "nanoGPT": step(theirs, first), "nanoGPT with GPT-2's GELU": step(same_gelu, first)}, seconds=20)
-    table(["Transformer, 6 layers, width 64, 4 heads", "ms", "examples per second", "times as long as ours"],
-          *([name, t, f"{128e3 / t:.0f}", t / ms["ours"]] for name, t in ms.items()))
+
+    def get_logits(model):
+        return model(idx, targets)[0]  # without targets, nanoGPT gives the last logits only
+
+    return {
+        "ours": training_step(GPT(GPTConfig(**size)), get_logits, targets),
+        "ours, attention written out":
+            training_step(GPT(GPTConfig(**size, fused=False)), get_logits, targets),
+        "nanoGPT": training_step(theirs, get_logits, targets),
+        "nanoGPT with GPT-2's GELU": training_step(same_gelu, get_logits, targets),
+    }
 
 
-def authors_loop(args, n=150, rounds=3, names=10, batch=128, layers=6, width=64, heads=4):
-    """Our training loop and the authors', as they are, on the same graphs: the time per step of the second half."""
-    print(f"## The training loop of the paper's authors, one thread each, {layers} layers, width {width}, batch {batch}\n")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+def print_steps(args):
+    print("## A training step, one thread each, default sizes (batch 128, 27 + 4 tokens)\n")
+    torch.set_num_threads(1)
+    graphs = draw(PathStar(2, 5, 10), 128, np.random.default_rng(0))
+    prompts, targets = [torch.from_numpy(tokens) for tokens in graphs]
+    idx = train.model_input(prompts, targets)
+    loss_targets = train.loss_targets(prompts, targets)
+    ms = take_turns(mamba_steps(idx, loss_targets), seconds=20)
+    print_step_times("Mamba, 3 layers, width 128, d_state 16", ms)
+    ms = take_turns(gpt_steps(idx, loss_targets, args.nanogpt), seconds=20)
+    print_step_times("Transformer, 6 layers, width 64, 4 heads", ms)
+
+
+# ---- The training loop of the paper's authors
+
+
+def read_lines(out_dir):
+    """The lines of a run's log, without the header."""
+    lines = (Path(out_dir) / "log.jsonl").read_text().splitlines()[1:]
+    return [json.loads(line) for line in lines]
+
+
+def ms_per_step(lines):
+    """Milliseconds of a step after the second evaluation, evaluations included."""
+    seconds = lines[-1]["elapsed_s"] - lines[1]["elapsed_s"]
+    return 1e3 * seconds / (lines[-1]["iter"] - lines[1]["iter"])
+
+
+def time_our_loop(n, flags, train_file, out_dir, env):
+    """Trains n steps with train.py -> milliseconds of a step after the first third"""
+    command = [sys.executable, PROJECT / "train.py", *flags, "--train_file", train_file]
+    command += ["--n_test", "1000", "--max_iters", str(n), "--eval_interval", str(n // 3)]
+    command += ["--out_dir", out_dir]
+    subprocess.run(command, check=True, env=env, capture_output=True)
+    return ms_per_step(read_lines(out_dir))
+
+
+def time_their_loop(n, flags, batch, checkout, env):
+    """Trains n steps with the authors' train.py -> milliseconds of a step after the first third"""
+    command = [sys.executable, "train.py", *flags, "--n_train", str(n * batch)]
+    command += ["--n_test", "1000", "--epochs", "1"]
+    process = subprocess.Popen(
+        command, cwd=checkout, env=env, text=True, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL
+    )
+    seen = {}                                                   # {step: when it was done}
+    for line in process.stderr:                                 # 50/150 [00:09<00:18, 5.3it/s]
+        for step in re.findall(rf"(\d+)/{n} \[\d+:\d+<", line):
+            seen.setdefault(int(step), time.perf_counter())
+        if n in seen:
+            process.kill()                                      # before it evaluates
+    process.wait()
+    if n not in seen:
+        sys.exit(f"speed.py: the authors' train.py failed: {line.strip()}")
+    first = min(seen, key=lambda step: abs(step - n // 3))
+    return 1e3 * (seen[n] - seen[first]) / (n - first)
+
+
+def print_authors_loop(args):
+    print("## The training loop of the paper's authors, one thread each, our default size\n")
+    print_loops(args.authors, n=150, num_nodes=10, batch=128, n_layer=6, n_embd=64, n_head=4)
+
+
+def print_loops(checkout, n, num_nodes, batch, n_layer, n_embd, n_head):
+    """Prints the times of our loop and the authors', as they are, on the same graphs."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    flags = f"--n_layer {n_layer} --n_embd {n_embd} --n_head {n_head}".split()
+    flags += f"--batch_size {batch} --num_nodes {num_nodes}".split()
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "authors"
-        shutil.copytree(args.authors, copy)
-        (copy / "wandb.py").touch()                                  # imported, not used
+        shutil.copytree(checkout, copy)
+        (copy / "wandb.py").touch()                             # imported, not used
         graphs = copy / "data" / "datasets" / "graphs"
         graphs.mkdir(parents=True, exist_ok=True)
-        star = PathStar(2, 5, names)
-        sizes = ["--n_layer", str(layers), "--n_embd", str(width), "--n_head", str(heads), "--batch_size", str(batch)]
-        for part, size in (("train_200000", batch * n), ("test_20000", 1000)):
-            lines = text(star, *draw(star, size, np.random.default_rng(size)))
-            (graphs / f"deg_2_path_5_nodes_{names}_{part}.txt").write_text("\n".join(lines) + "\n")
-        for i in range(rounds):
-            out = Path(folder) / f"ours{i}"
-            file = graphs / f"deg_2_path_5_nodes_{names}_train_200000.txt"
-            subprocess.run([sys.executable, HERE / "train.py", "--train_file", file, "--num_nodes", str(names),
-                            "--n_test", "1000", "--max_iters", str(n), "--eval_interval", str(n // 3),
-                            "--out_dir", out, *sizes], check=True, env=env, capture_output=True)
-            log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
-            ours.append((log[-1]["elapsed_s"] - log[1]["elapsed_s"]) / (log[-1]["iter"] - log[1]["iter"]) * 1e3)
-            command = [sys.executable, "train.py", *sizes, "--num_nodes", str(names), "--n_train", str(batch * n),
-                       "--n_test", "1000", "--epochs", "1"]
-            process = subprocess.Popen(command, cwd=copy, env=env, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-            last = {}
-            for line in process.stderr:                              # tqdm: 50/150 [00:09<00:18, 5.3it/s]
-                for done, minutes, seconds in re.findall(rf"(\d+)/{n} \[(\d+):(\d+)<", line):
-                    last.setdefault(int(done), time.perf_counter())
-                if n in last:
-                    process.kill()
-            middle = min(last, key=lambda done: abs(done - n // 3))
-            theirs.append((last[n] - last[middle]) / (n - middle) * 1e3)
+        star = PathStar(2, 5, num_nodes)
+        name = f"deg_2_path_5_nodes_{num_nodes}"
+        train_file = graphs / f"{name}_train_200000.txt"
+        write_graphs(train_file, star, n * batch, seed=0)
+        write_graphs(graphs / f"{name}_test_20000.txt", star, 1000, seed=1)
+        for i in range(3):
+            ours.append(time_our_loop(n, flags, train_file, Path(folder) / f"ours{i}", env))
+            theirs.append(time_their_loop(n, flags, batch, copy, env))
     our_ms, their_ms = statistics.median(ours), statistics.median(theirs)
-    table(["loop", "ms per step", "times as long as ours"],
-          [f"ours, with an evaluation every {n // 3} steps", our_ms, 1.0], ["the authors'", their_ms, their_ms / our_ms])
+    rows = [
+        [f"ours, with an evaluation every {n // 3} steps", our_ms, 1.0],
+        ["the authors'", their_ms, their_ms / our_ms],
+    ]
+    print_table(["loop", "ms per step", "times as long as ours"], rows)
 
 
-def loop_overhead():
-    """Where a default run's time goes: train.main itself, with clocks around what it calls."""
+# ---- Where the time of our training loop goes
+
+
+class Clock:
+    """Adds up the seconds spent in functions. One that is called by another does not count."""
+
+    def __init__(self):
+        self.seconds = {"step": 0.0, "evaluation": 0.0}
+        self.running = False
+        self.first_start = None
+        self.last_end = None
+
+    def watch(self, owner, name, kind):
+        """-> a context in which calls of owner.name count as `kind`"""
+        function = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            if self.running:
+                return function(*args, **kwargs)
+            self.running = True
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            end = time.perf_counter()
+            self.running = False
+            self.seconds[kind] += end - start
+            self.last_end = end
+            if self.first_start is None:
+                self.first_start = start
+            return result
+
+        return mock.patch.object(owner, name, call)
+
+
+def clock_run(model, threads):
+    """Runs train.py with clocks -> the row of the table"""
+    steps, interval = 200, 100
+    torch.set_num_threads(threads)
+    clock = Clock()
+    with contextlib.ExitStack() as patches:
+        folder = patches.enter_context(tempfile.TemporaryDirectory())
+        command = f"train.py --model {model} --max_iters {steps} --eval_interval {interval}"
+        argv = [*command.split(), "--out_dir", folder]
+        patches.enter_context(mock.patch.object(sys, "argv", argv))
+        patches.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        for owner, name, kind in (
+            (GPT if model == "gpt" else Mamba, "forward", "step"),
+            (torch.Tensor, "backward", "step"),
+            (torch.nn.utils, "clip_grad_norm_", "step"),
+            (torch.optim.AdamW, "step", "step"),
+            (train, "evaluate", "evaluation"),
+            (train, "save", "evaluation"),
+        ):
+            patches.enter_context(clock.watch(owner, name, kind))
+        train.main()
+        n_evaluations = len(read_lines(folder))
+    step = clock.seconds["step"] / steps
+    evaluation = clock.seconds["evaluation"] / n_evaluations / interval     # for each step
+    everything = clock.last_end - clock.first_start
+    loop = (everything - clock.seconds["step"] - clock.seconds["evaluation"]) / steps
+    total = step + loop + evaluation
+    shares = [f"{part / total:.1%}" for part in (step, loop, evaluation)]
+    return [f"`--model {model}`", threads, 1e3 * (step + loop), *shares]
+
+
+def print_loop_overhead(args):
     print("## Where the time of the training loop goes, default sizes\n")
-    rows = [["run of 200 steps", "threads", "ms per step", "forward, backward, clipping, AdamW", "the loop around them",
-             "evaluation, at the default interval"]]
-    for model, threads in itertools.product(("gpt", "mamba"), (1, os.cpu_count())):
-        torch.set_num_threads(threads)
-        spent = dict(steps=0.0, evaluation=0.0)
-
-        def clocked(function, what):
-            def call(*args, **kwargs):
-                start = time.perf_counter()
-                result = function(*args, **kwargs)
-                spent[what] += time.perf_counter() - start
-                return result
-            return call
-
-        patches = [(torch.Tensor, "backward", "steps"), (torch.optim.AdamW, "step", "steps"),
-                   (torch.nn.utils, "clip_grad_norm_", "steps"), (train, "predict", "evaluation"),
-                   (train, "save", "evaluation")]
-        originals = [getattr(owner, name) for owner, name, _ in patches]
-        for owner, name, what in patches:
-            setattr(owner, name, clocked(getattr(owner, name), what))
-        build = train.build_model
-
-        def build_clocked(*args):
-            built = build(*args)
-            inner = built.forward
-            built.forward = lambda *a, **k: (clocked(inner, "steps") if len(a) == 2 else inner)(*a, **k)
-            return built
-        train.build_model = build_clocked
-        with tempfile.TemporaryDirectory() as folder:
-            sys.argv = f"train.py --model {model} --max_iters 200 --eval_interval 100 --out_dir {folder}/o".split()
-            sys.stdout, screen = open(os.devnull, "w"), sys.stdout
-            train.main()
-            sys.stdout = screen
-            log = [json.loads(line) for line in Path(folder, "o", "log.jsonl").read_text().splitlines()[1:]]
-        train.build_model = build
-        for (owner, name, _), original in zip(patches, originals):
-            setattr(owner, name, original)
-        total = log[-1]["elapsed_s"]                                 # the last of the three evaluations is not in it all
-        evaluation = spent["evaluation"] / 3 * 2
-        steps_s, loop = spent["steps"], total - spent["steps"] - spent["evaluation"]
-        rows.append([f"`--model {model}`", threads, (total - evaluation) / 200 * 1e3, f"{steps_s / total:.1%}",
-                     f"{max(loop, 0) / total:.1%}", f"{evaluation / total:.1%}"])
-    table(*rows)
+    columns = [
+        "run of 200 steps", "threads", "ms per step", "forward, backward, clipping, AdamW",
+        "the loop around them", "evaluation, at the default interval",
+    ]
+    rows = []
+    for model in ("gpt", "mamba"):
+        for threads in (1, os.cpu_count()):
+            rows.append(clock_run(model, threads))
+    print_table(columns, rows)
 
 
-def generation():
+# ---- Generation
+
+
+@torch.no_grad()
+def generate_without_cache(model, idx, max_new_tokens):
+    for _ in range(max_new_tokens):
+        logits, _ = model(idx)
+        idx = torch.cat([idx, logits[:, -1:].argmax(dim=2)], dim=1)
+    return idx
+
+
+def print_generation(args):
     print("## Greedy generation, 200 prompts, default models, one thread\n")
     torch.set_num_threads(1)
-    rows = [["model", "graph", "tokens per second with the cache", "without it", "ratio"]]
+    rows = []
     for star in (PathStar(2, 5, 50), PathStar(20, 5, 100)):
-        prompts = torch.from_numpy(draw(star, 200, np.random.default_rng(0))[0])
-        length = star.prefix_len + star.path_len
-        gpt = GPT(GPTConfig(block_size=length, vocab_size=star.vocab_size, n_layer=6, n_head=4, n_embd=64))
-        mamba = Mamba(MambaConfig(vocab_size=star.vocab_size, n_layer=3, d_model=128, d_state=16))
-        for name, model in (("gpt", gpt), ("mamba", mamba)):
-            @torch.no_grad()
-            def recompute():
-                idx = prompts
-                for _ in range(star.path_len):
-                    idx = torch.cat([idx, model(idx)[0].argmax(dim=2)], dim=1)
-                return idx
-            assert torch.equal(recompute(), model.generate(prompts, star.path_len))
-            ms = take_turns({"cache": lambda: model.generate(prompts, star.path_len), "none": recompute})
-            tokens = 200 * star.path_len * 1e3
-            rows.append([name, star, f"{tokens / ms['cache']:.0f}", f"{tokens / ms['none']:.0f}", ms["none"] / ms["cache"]])
-    table(*rows)
+        prefixes, _ = draw(star, 200, np.random.default_rng(0))
+        prompts = torch.from_numpy(prefixes)
+        longest = star.prefix_len + star.path_len
+        models = {
+            "gpt": GPT(GPTConfig(longest, star.vocab_size, n_layer=6, n_head=4, n_embd=64)),
+            "mamba": Mamba(MambaConfig(star.vocab_size, n_layer=3, d_model=128, d_state=16)),
+        }
+        for name, model in models.items():
+            calls = {
+                "cache": partial(model.generate, prompts, star.path_len),
+                "no cache": partial(generate_without_cache, model, prompts, star.path_len),
+            }
+            if not torch.equal(calls["cache"](), calls["no cache"]()):
+                sys.exit(f"speed.py: {name} generates other tokens with the cache than without")
+            ms = take_turns(calls, seconds=4)
+            tokens = 1e3 * 200 * star.path_len
+            rows.append([
+                name, star, f"{tokens / ms['cache']:.0f}", f"{tokens / ms['no cache']:.0f}",
+                ms["no cache"] / ms["cache"],
+            ])
+    columns = ["model", "graph", "tokens per second with the cache", "without it", "ratio"]
+    print_table(columns, rows)
 
 
-def gpu():
-    """On a machine with a GPU: python results/speed.py --only gpu gpu_training --authors Next-Token-Failures"""
-    import scan_kernel
-    print(f"## The scan on {torch.cuda.get_device_name()}\n\n```", flush=True)
-    rivals = {"loop": selective_scan_ref, "doubling": lambda *x, delta_softplus: doubling(*x)}
-    if importlib.util.find_spec("mamba_ssm"):
-        rivals["mamba_ssm"] = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    for shape in ((256, 31, 1568, 16), (8, 2048, 1536, 16), (8, 2048, 3072, 16)):
-        for name, rival in rivals.items():                           # apart, as some may not fit into memory
-            try:
-                scan_kernel.benchmark("cuda", [shape], [torch.float32, torch.bfloat16], {name: rival})
-            except torch.OutOfMemoryError:
-                print(shape, name, "out of memory", flush=True)
-    print("```\n")
+# ---- The Triton kernels, compiled for GPUs that need not be here
+
+STATES = {"initial_state", "dlast_state", "dinitial_state"}
+IN_DTYPE_OF_U = {"u", "delta", "z", "out", "dout", "du", "ddelta", "dz"}
+COMPILED_TEXT = """\
+- States: whether the kernel gets an initial state and the gradient of the last state. Training
+  uses neither.
+- Registers, stack: of a thread.
+- Instructions: what a warp issues for one time step of its 32 channels. Of these are MUFU
+  exponentials, reciprocals and the like, SHFL shuffles, LDG and STG loads and stores of memory,
+  LDL and STL those of spilled registers.
+- Issue limit: the least time that so many instructions take on an H200 (132 multiprocessors, four
+  instructions a clock, 1.98 GHz), in picoseconds per channel and step.
+"""
 
 
-def gpu_training(args):
-    """On a machine with a GPU: a step of the paper's sizes, with and without --compile, beside what it must take at least."""
-    import paper
-    rows = [["run", "ms per step", "share of the matrix rate"]]
-    for name in paper.MODELS:
-        for more in ((), ("--compile",)):
-            with tempfile.TemporaryDirectory() as folder:
-                subprocess.run([sys.executable, HERE / "train.py", *paper.flags_of(name, "teacher_forced", 2, 5, 0), *more,
-                                "--n_train", "51200", "--n_test", "100", "--max_iters", "400", "--eval_interval", "100",
-                                "--out_dir", folder + "/out"], check=True)
-                log = [json.loads(line) for line in Path(folder, "out", "log.jsonl").read_text().splitlines()[1:]]
-            ms = (log[-1]["elapsed_s"] - log[1]["elapsed_s"]) / 300 * 1e3
-            rows.append([" ".join((name, *more)), ms, f"{paper.count(name, (2, 5))[3] / paper.RATE / ms * 1e3:.0%}"])
-    print(f"## A step of training at the paper's size on {torch.cuda.get_device_name()}, batch 256, G(2,5) with 50 names\n")
-    table(*rows)
-    if args.authors:
-        authors_loop(args, n=600, names=50, batch=256, layers=12, width=384, heads=6)
-
-
-def compiled():
-    """Triton's kernels, compiled here for chips that are not: what the machine code of a time step holds."""
+def compile_kernel(kernel, dtype, chip, absent):
+    """-> machine code, as bytes; the arguments in the set `absent` are None"""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    import scan_kernel
-    print(f"## The Triton kernels as compiled ahead of time, triton {triton.__version__}, d_state 16\n")
-    print("Registers and stack (spills) of a thread, and instructions that a warp issues for one time step of its 32 channels: "
-          "in all, exponentials and the like (MUFU), shuffles (SHFL), loads and stores. The last column is what the instructions "
-          "allow at best on an H200 (132 multiprocessors, four instructions a clock, 1.98 GHz): picoseconds per channel and step.\n")
-    rows = [["kernel", "dtype", "chip", "registers", "stack, bytes", "instructions", "MUFU", "SHFL", "loads, stores",
-             "issue limit, ps"]]
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    aligned, ints = [["tt.divisibility", 16]], ("batch", "dim", "seqlen", "dstate")
-    constants = dict(SAVE=False, SOFTPLUS=True, CHUNK=scan_kernel.CHUNK, BLOCK_N=16, BLOCK_D=scan_kernel.BLOCK_D)
-    for kernel, dtype, chip in [(k, d, c) for k in (scan_kernel.forward_kernel, scan_kernel.backward_kernel)
-                                for d in ("bf16", "fp32") for c in (80, 90)]:
-        signature, constexprs, attributes = {}, {}, {}
-        for i, name in enumerate(kernel.arg_names):
-            if name in constants:
-                signature[name], constexprs[i,] = "constexpr", constants[name]
-            elif name in ints:
-                signature[name], attributes[i,] = "i32", aligned if name == "dstate" else []
-            elif name in ("dout", "u", "delta", "z", "out", "du", "ddelta", "dz"):  # contiguous (batch, dim, seqlen)
-                signature[name], constexprs[i, 3] = (f"*{dtype}", "i32", "i32", "constexpr"), 1
-                attributes[i, 0] = attributes[i, 1] = attributes[i, 2] = aligned
-            else:
-                signature[name], attributes[i,] = "*fp32", aligned
-        binary = triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=GPUTarget("cuda", chip, 32),
-                                options={"num_warps": scan_kernel.BLOCK_D // 32}).asm["cubin"]
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary)
-            file.flush()
-            usage, sass = (subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True).stdout
-                           for flag in ("--dump-resource-usage", "-sass"))
-        code = [(int(at, 16), text.strip()) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
-        loops = [[text for at, text in code if int(target[1], 16) <= at <= end] for end, branch in code
-                 if (target := re.search(r"BRA\S* .*?(0x[0-9a-f]+)", branch)) and int(target[1], 16) < end]
-        loop = max(loops, key=len)
-        steps = scan_kernel.CHUNK if kernel is scan_kernel.backward_kernel else 1
-        count = lambda *names: sum(any(re.search(rf"\b{name}\b", text) for name in names) for text in loop) / steps
-        registers, stack = (re.search(rf"{what}:(\d+)", usage)[1] for what in ("REG", "STACK"))
-        rows.append([kernel.__name__, dtype, f"sm_{chip}", registers, stack, f"{len(loop) / steps:.0f}", f"{count('MUFU'):.0f}",
-                     f"{count('SHFL'):.0f}", f"{count('LDG', 'STG'):.0f}", len(loop) / steps / 32 / 4 / 132 / 1.98e9 * 1e12])
-    table(*rows)
+    constants = {
+        "SOFTPLUS": True,
+        "CHUNK": scan_kernel.TRITON_CHUNK,
+        "BLOCK_N": 16,
+        "BLOCK_D": scan_kernel.BLOCK_D,
+    }
+    constants.update({name: None for name in absent})
+    types, values, attributes = {}, {}, {}
+    multiple_of_16 = [["tt.divisibility", 16]]
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            types[name] = "constexpr"
+            values[i,] = constants[name]
+        elif name in ("dim", "seqlen", "dstate"):
+            types[name] = "i32"
+            attributes[i,] = multiple_of_16 if name == "dstate" else []
+        else:
+            types[name] = f"*{dtype}" if name in IN_DTYPE_OF_U else "*fp32"
+            attributes[i,] = multiple_of_16
+    compiled = triton.compile(
+        ASTSource(kernel, types, values, attributes), target=GPUTarget("cuda", chip, 32),
+        options={"num_warps": 1}
+    )
+    return compiled.asm["cubin"]
+
+
+def cuobjdump(machine_code, flag):
+    """The output of NVIDIA's tool, which comes with Triton."""
+    import triton
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(machine_code)
+        file.flush()
+        return subprocess.run([tool, flag, file.name], capture_output=True, text=True).stdout
+
+
+def longest_loop(assembly):
+    """The instructions of the longest loop, a list. A loop ends with a branch back to its start."""
+    code = []
+    for address, instruction in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", assembly):
+        code.append((int(address, 16), instruction))
+    longest = []
+    for end, instruction in code:
+        branch = re.search(r"BRA\S* .*?0x([0-9a-f]+)", instruction)
+        if branch is not None:
+            start = int(branch[1], 16)
+            loop = [other for address, other in code if start <= address <= end]
+            longest = max(longest, loop, key=len)
+    return longest
+
+
+def compiled_row(kernel, with_states, dtype, chip):
+    absent = {"chunk_states"} if kernel is scan_kernel.forward_kernel else set()
+    if not with_states:
+        absent |= STATES & set(kernel.arg_names)
+    machine_code = compile_kernel(kernel, dtype, chip, absent)
+    usage = cuobjdump(machine_code, "--dump-resource-usage")
+    registers = re.search(r"REG:(\d+)", usage)[1]
+    stack = re.search(r"STACK:(\d+)", usage)[1]
+    loop = longest_loop(cuobjdump(machine_code, "-sass"))
+    # The backward kernel takes a chunk in each round of its loop.
+    steps = scan_kernel.TRITON_CHUNK if kernel is scan_kernel.backward_kernel else 1
+
+    def count(*names):
+        pattern = re.compile(rf"\b({'|'.join(names)})\b")
+        return sum(pattern.search(instruction) is not None for instruction in loop) / steps
+
+    issued = len(loop) / steps
+    limit = issued / 32 / (132 * 4 * 1.98e9)                    # seconds
+    return [
+        kernel.__name__, "yes" if with_states else "no", dtype, f"sm_{chip}", registers, stack,
+        f"{issued:.0f}", f"{count('MUFU'):.0f}", f"{count('SHFL'):.0f}",
+        f"{count('LDG', 'STG'):.0f}", f"{count('LDL'):.1f}", f"{count('STL'):.1f}", 1e12 * limit,
+    ]
+
+
+def print_compiled(args):
+    import triton
+    print(
+        f"## The Triton kernels as compiled ahead of time, triton {triton.__version__}, "
+        "d_state 16\n"
+    )
+    print(COMPILED_TEXT)
+    columns = [
+        "kernel", "states", "dtype", "chip", "registers", "stack, bytes", "instructions", "MUFU",
+        "SHFL", "LDG, STG", "LDL", "STL", "issue limit, ps",
+    ]
+    rows = []
+    for kernel in (scan_kernel.forward_kernel, scan_kernel.backward_kernel):
+        for with_states in (False, True):
+            for dtype in ("bf16", "fp32"):
+                for chip in (80, 90):
+                    rows.append(compiled_row(kernel, with_states, dtype, chip))
+    print_table(columns, rows)
+
+
+# ---- Training at the paper's size, on a GPU
+
+
+def print_gpu_training(args):
+    import paper
+    gpu = torch.cuda.get_device_name()
+    rows = []
+    for name in paper.MODELS:
+        for more in ([], ["--compile"]):
+            flags = paper.flags_of(name, "teacher_forced", 2, 5, 0) + more
+            flags += "--n_train 51200 --n_test 100 --max_iters 400 --eval_interval 100".split()
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, PROJECT / "train.py", *flags, "--out_dir", folder]
+                subprocess.run(command, check=True, stdout=sys.stderr)
+                ms = ms_per_step(read_lines(folder))
+            _, _, _, flop, _ = paper.count(name, 2, 5)
+            share = 1e3 * flop / paper.MATRIX_RATE / ms
+            rows.append([" ".join([name, *more]), ms, f"{share:.0%}"])
+    print(f"## A training step at the paper's size on {gpu}, batch 256, G(2,5) with 50 names\n")
+    print_table(["run", "ms per step", "share of the matrix rate"], rows)
+    if args.authors is not None:
+        print(f"## The training loop of the paper's authors at the paper's size on {gpu}\n")
+        print_loops(
+            args.authors, n=600, num_nodes=50, batch=256, n_layer=12, n_embd=384, n_head=6
+        )
+
+
+TABLES = {
+    "scans": print_scans,
+    "steps": print_steps,
+    "authors": print_authors_loop,
+    "loop": print_loop_overhead,
+    "generation": print_generation,
+    "compiled": print_compiled,
+    "gpu_training": print_gpu_training,
+}
+
+
+def cpu_name():
+    file = Path("/proc/cpuinfo")
+    if file.exists():
+        for line in file.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--nanogpt", help="checkout of nanoGPT, for the table `steps`")
+    parser.add_argument("--authors", help="checkout of the authors' code, for `authors`")
+    default = [name for name in TABLES if name != "gpu_training"]
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=default)
+    args = parser.parse_args()
+    if "steps" in args.only and args.nanogpt is None:
+        parser.error("the table `steps` needs --nanogpt")
+    if "authors" in args.only and args.authors is None:
+        parser.error("the table `authors` needs --authors")
+    logging.disable(logging.WARNING)
+    print(
+        f"# Speed\n\nMade by `python results/speed.py` on {datetime.date.today()}: {cpu_name()}, "
+        f"{os.cpu_count()} cores, Python {platform.python_version()},\ntorch {torch.__version__}. "
+        "Ratios count. Milliseconds depend on the machine and the day.\n"
+    )
+    for name in args.only:
+        TABLES[name](args)
 
 
 if __name__ == "__main__":
-    flags = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    flags.add_argument("--nanogpt")
-    flags.add_argument("--authors")
-    flags.add_argument("--only", nargs="*", default=["scans", "steps", "authors", "loop", "generation", "compiled"])
-    args = flags.parse_args()
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), platform.machine())
-    print(f"# Speed\n\nMade by `python results/speed.py` on {datetime.date.today()}: {cpu}, {os.cpu_count()} cores, Python "
-          f"{platform.python_version()}, torch {torch.__version__}. Ratios count; milliseconds depend on the machine and day.\n")
-    for name, make in (("scans", scans), ("steps", lambda: steps(args)), ("authors", lambda: authors_loop(args)),
-                       ("loop", loop_overhead), ("generation", generation), ("compiled", compiled), ("gpu", gpu),
-                       ("gpu_training", lambda: gpu_training(args))):
-        if name in args.only:
-            make()
+    main()

@@ -1,79 +1,159 @@
-"""What the recorded runs beside this file ended with, as Markdown: python results/table.py > results/README.md
+"""Prints the recorded runs as two tables, in Markdown: python results/table.py > results/README.md
 
-Given a folder, the runs recorded there.
+It reads the logs in results/logs, or in the folder that is its argument. Runs belong together if
+their commands differ in --seed and --out_dir only.
 """
+import argparse
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-from train import make_flags, resolve  # noqa: E402
+HERE = Path(__file__).resolve().parent
 
-_, defaults = make_flags()
+INTRODUCTION = """\
+The recorded runs. The first line of a log holds the command, all settings, the versions and the
+machine. Each later line is one evaluation. `python results/table.py` prints this page,
+`python results/reproduce.py` makes the runs again, `python results/figures.py` draws the figures.
+
+The first table has the mean over the seeds (least - greatest).
+
+- *Solved*: runs that reached 99 % of the paths.
+- *Forced*: the model reads the true tokens before each place. *Later nodes* is the cheat accuracy:
+  all nodes after the first hop are right at once.
+- *Hops learned at*: the step from which the first, second, ... hop before the goal was right in
+  95 % of the graphs at every evaluation, in teacherless training.
+- *Minutes*: on one core of a machine that did other things, too.
+"""
+GROUP_COLUMNS = [
+    "command, with `--seed` 0, 1, ...", "runs", "solved", "paths right", "forced: first hop",
+    "later nodes", "hops learned at", "steps", "minutes",
+]
+RUN_COLUMNS = ["log", "seed", "paths right", "at step", "minutes", "on"]
 
 
-def command(config):
-    """The flags that are not at their defaults, but for the seed."""
-    default = resolve({flag: config[flag] for flag in ("model", "teacherless")}, defaults)
-    default.update({flag: config[flag] for flag in ("out_dir", "overwrite", "seed")}, model="gpt", teacherless=False)
-    words = ["python train.py"]
-    for flag, value in config.items():
-        if value != default[flag]:
-            words.append(f"--{flag}" if value is True else f"--{flag} {value}")
-    return " ".join(words)
+class Run:
+    def __init__(self, file):
+        self.file = file
+        header, *self.lines = [json.loads(line) for line in file.read_text().splitlines()]
+        self.config = header["config"]
+        self.machine = header["machine"]
+        self.versions = header["versions"]
+        self.command = command_of_group(header["command"])
+        self.end = self.lines[-1]
 
 
-def learned(lines, hop):
-    """The step from which a hop is right in 95 % of the graphs, to the end of the run; None if it is not."""
-    wrong = [i for i, line in enumerate(lines) if line["node_accuracy"][hop] < 0.95]
-    return lines[max(wrong, default=-1) + 1]["iter"] if max(wrong, default=-1) + 1 < len(lines) else None
+def command_of_group(command):
+    """The command without --seed and --out_dir."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--seed")
+    parser.add_argument("--out_dir")
+    _, others = parser.parse_known_args(shlex.split(command))
+    return shlex.join(others)
+
+
+def learned_at(run, hop):
+    """The step from which a hop is right in 95 % of the graphs, to the end. None: it never is."""
+    step = None
+    for line in run.lines:
+        if line["node_accuracy"][hop] < 0.95:
+            step = None
+        elif step is None:
+            step = line["iter"]
+    return step
 
 
 def spread(values, form):
-    """Mean (least - greatest) of what is known."""
+    """The mean (least - greatest) of those values that are not None."""
     values = [value for value in values if value is not None]
     if not values:
         return "-"
-    low, high, mean = (form.format(value) for value in (min(values), max(values), sum(values) / len(values)))
+    mean = form.format(sum(values) / len(values))
+    low, high = form.format(min(values)), form.format(max(values))
     return mean if low == high else f"{mean} ({low} - {high})"
 
 
-runs = {}                                                            # command: its runs
-for file in (Path(sys.argv[1]) if sys.argv[1:] else HERE).glob("*.jsonl"):
-    header, *lines = map(json.loads, file.read_text().splitlines())
-    runs.setdefault(command(header["config"]), []).append((header, lines, file.name))
-order = sorted(runs, key=lambda words: ["--deg" in words or "--path_len" in words, "mamba" in words, words])
+def hops_learned(runs):
+    """When the runs learned each hop between start and goal, as text."""
+    texts = []
+    for hop in range(1, runs[0].config["path_len"] - 1):
+        steps = [learned_at(run, hop) for run in runs]
+        never = steps.count(None)
+        if never == len(runs):
+            texts.append("never")
+        elif never > 0:
+            texts.append(spread(steps, "{:,.0f}") + f", {never} never")
+        else:
+            texts.append(spread(steps, "{:,.0f}"))
+    return "; ".join(texts)
 
-print("""The recorded runs. A log holds every flag, the versions and the machine in its first line, then one line per evaluation.
-This page is the output of `python results/table.py`; `python results/reproduce.py` makes the runs again, `plot.py` the figures.
 
-Mean over the seeds (least - greatest). *Solved*: runs that reached 99 % of the paths. *Forced*: from the true tokens before;
-*later nodes* is the cheat accuracy, all nodes after the first hop right at once. *Hops learned at*: the step from which the
-first, second, ... hop before the goal was right in 95 % of the graphs at every evaluation, in teacherless training.
-*Minutes*: of a core of a machine that did other things, too.
+def group_row(command, runs):
+    """The row of the first table for the runs of one command."""
+    ends = [run.end for run in runs]
+    config = runs[0].config
+    first_hop = later_nodes = hops = "-"
+    if not config["reverse"] and not config["only_first_hop"]:
+        if config["teacherless"]:
+            hops = hops_learned(runs)
+        else:
+            first_hop = spread([end["forced_node_accuracy"][1] for end in ends], "{:.1%}")
+            later_nodes = spread([end["cheat_accuracy"] for end in ends], "{:.1%}")
+    return [
+        f"`{command}`",
+        len(runs),
+        sum(end["accuracy"] >= 0.99 for end in ends),
+        spread([end["accuracy"] for end in ends], "{:.1%}"),
+        first_hop,
+        later_nodes,
+        hops,
+        spread([end["iter"] for end in ends], "{:,.0f}"),
+        spread([end["elapsed_s"] / 60 for end in ends], "{:.1f}"),
+    ]
 
-| command, with `--seed` 0, 1, ... | runs | solved | paths right | forced: first hop | later nodes | hops learned at | steps | minutes |
-|---|---|---|---|---|---|---|---|---|""")
-for words in order:
-    ends = [lines[-1] for _, lines, _ in runs[words]]
-    config = runs[words][0][0]["config"]
-    plain = not config["reverse"] and not config["only_first_hop"]
-    hops = "-"
-    if config["teacherless"] and plain:
-        steps = [[learned(lines, hop) for _, lines, _ in runs[words]] for hop in range(1, config["path_len"] - 1)]
-        hops = "; ".join("never" if set(each) == {None} else
-                         spread(each, "{:,.0f}") + f", {each.count(None)} never" * (None in each) for each in steps)
-    forced = [end["forced_node_accuracy"][1] for end in ends] if plain and not config["teacherless"] else []
-    print(f"| `{words}` | {len(ends)} | {sum(end['accuracy'] >= 0.99 for end in ends)} "
-          f"| {spread([end['accuracy'] for end in ends], '{:.1%}')} | {spread(forced, '{:.1%}')} "
-          f"| {spread([end['cheat_accuracy'] for end in ends] if plain else [], '{:.1%}')} | {hops} "
-          f"| {spread([end['iter'] for end in ends], '{:,.0f}')} "
-          f"| {spread([end['elapsed_s'] / 60 for end in ends], '{:.1f}')} |")
 
-print("\n| log | seed | paths right | at step | minutes | on |\n|---|---|---|---|---|---|")
-for words in order:
-    for header, lines, name in sorted(runs[words], key=lambda run: run[0]["config"]["seed"]):
-        end, versions = lines[-1], header["versions"]
-        print(f"| [{name}]({name}) | {header['config']['seed']} | {end['accuracy']:.1%} | {end['iter']:,} "
-              f"| {end['elapsed_s'] / 60:.1f} | {header['machine']}, Python {versions['python']}, torch {versions['torch']} |")
+def run_row(run):
+    """The row of the second table for one run."""
+    python, torch = run.versions["python"], run.versions["torch"]
+    return [
+        f"[{run.file.name}]({os.path.relpath(run.file, HERE)})",
+        run.config["seed"],
+        f"{run.end['accuracy']:.1%}",
+        f"{run.end['iter']:,}",
+        f"{run.end['elapsed_s'] / 60:.1f}",
+        f"{run.machine}, Python {python}, torch {torch}",
+    ]
+
+
+def print_table(columns, rows):
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(str(cell) for cell in row) + " |")
+
+
+def group_order(command):
+    """Sorts the default graph before other graphs, and the Transformer before the Mamba."""
+    return "--deg" in command or "--path_len" in command, "mamba" in command, command
+
+
+def main():
+    folder = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else HERE / "logs"
+    groups = {}
+    for file in folder.glob("*.jsonl"):
+        run = Run(file)
+        groups.setdefault(run.command, []).append(run)
+    group_rows, run_rows = [], []
+    for command in sorted(groups, key=group_order):
+        runs = sorted(groups[command], key=lambda run: run.config["seed"])
+        group_rows.append(group_row(command, runs))
+        run_rows += [run_row(run) for run in runs]
+    print(INTRODUCTION)
+    print_table(GROUP_COLUMNS, group_rows)
+    print()
+    print_table(RUN_COLUMNS, run_rows)
+
+
+if __name__ == "__main__":
+    main()
