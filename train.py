@@ -537,7 +537,8 @@ def main():
 
     if RANK == 0:
         n_params = sum(p.numel() for p in model.parameters())
-        print(f"{args.model}, {n_params:,} parameters, {star}, {device} -> {args.out_dir}")
+        run = f"{args.model}, {n_params:,} parameters, {star}, {device} -> {args.out_dir}"
+        print(run, flush=True)
     try:
         train(args, star, train_set, test_set, model, optimizer, device, log)
     except KeyboardInterrupt:
