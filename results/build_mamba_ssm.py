@@ -15,8 +15,6 @@ import sys
 import tarfile
 from pathlib import Path
 
-from torch.utils.cpp_extension import load
-
 
 def unpack(archive, folder):
     """Unpacks the package's source, and copies the Python parts that the scan needs -> the source
@@ -34,6 +32,8 @@ def unpack(archive, folder):
 
 def build(source, folder):
     """Compiles the CUDA extension of the scan into the folder."""
+    from torch.utils.cpp_extension import load  # here, as it looks for CUDA when it is imported
+
     files = []
     for file in (source / "csrc" / "selective_scan").iterdir():
         if file.suffix in (".cpp", ".cu"):
