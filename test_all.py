@@ -2009,6 +2009,12 @@ def test_25_kills(given, tmp_path):
     assert_same_run(whole, parts)
 
 
+def workers_of(torchrun):
+    """The process ids of the processes that torchrun has started."""
+    found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_job(tmp_path):
     """Of two processes. The job resumes."""
@@ -2016,8 +2022,7 @@ def test_a_killed_process_ends_the_job(tmp_path):
     given = (*TINY, "--max_iters", 3000, "--eval_interval", 20, "--out_dir", out)
     process = start(*given, torchrun=True)
     wait_for((out / "log.jsonl").exists, process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    os.kill(workers_of(process)[-1], signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode not in (0, None)
     done = read_ckpt(out)["log"][-1]["iter"]
@@ -2036,7 +2041,8 @@ def test_two_killed_processes_resume_to_the_bit(tmp_path):
     process = start(*given, "--out_dir", parts, torchrun=True)
     log = parts / "log.jsonl"
     wait_for(lambda: log.exists() and read_log(parts)[-1]["iter"] > 0, process)
-    os.killpg(process.pid, signal.SIGKILL)
+    for pid in [process.pid, *workers_of(process)]:
+        os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=120)
     assert 0 < read_ckpt(parts)["log"][-1]["iter"] < 3000
     process = start("--resume", parts, torchrun=True)
