@@ -224,7 +224,7 @@ def draw_unseen(star, n, rng, seen, distinct=True):
     """
     at_once = max(1, (1 << 18) // star.num_nodes)           # draw_distinct stays in the cache then
     seen = set(seen)
-    parts = [draw(star, 0, rng)]
+    parts = [draw(star, 0, rng)]                            # no graphs, so that n may be 0
     missing = n
     while missing > 0:
         prefixes, paths = draw(star, min(missing, at_once), rng)
@@ -334,23 +334,23 @@ def main():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--deg", type=int, default=2, help="arms of a graph")
-    parser.add_argument("--path_len", type=int, default=5, help="nodes on a path, with the start")
-    parser.add_argument("--num_nodes", type=int, default=50, help="names to draw from")
+    parser.add_argument("--deg", type=positive_int, default=2, help="arms of a graph")
+    parser.add_argument("--path_len", type=positive_int, default=5, help="nodes on a path")
+    parser.add_argument("--num_nodes", type=positive_int, default=50, help="names to draw from")
     parser.add_argument("-n", type=non_negative_int, default=1, help="number of graphs")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the random numbers")
     args = parser.parse_args()
-    try:
-        star = PathStar(args.deg, args.path_len, args.num_nodes)
-    except ValueError as error:
-        parser.error(str(error))
     rng = np.random.default_rng([args.seed, 3])             # no run of train.py uses this stream
     missing = args.n
-    while missing > 0:
-        prefixes, paths = draw(star, min(missing, 10_000), rng)
-        for prefix, path in zip(prefixes.tolist(), paths.tolist()):
-            print(to_text(prefix, path))
-        missing -= len(paths)
+    try:
+        star = PathStar(args.deg, args.path_len, args.num_nodes)
+        while missing > 0:
+            prefixes, paths = draw(star, min(missing, 10_000), rng)
+            for prefix, path in zip(prefixes.tolist(), paths.tolist()):
+                print(to_text(prefix, path))
+            missing -= len(paths)
+    except (ValueError, MemoryError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ its Conv1D matrices are transposed. There is no dropout. Training starts from ot
 GPT-2's in three ways:
 - The table of positions begins as sinusoids, not as noise. Attention to "the token one to the
   left" is then easy to express, and each step along a path is such a look.
-- The matrices of a model narrower than GPT-2 begin larger.
+- The matrices begin larger in a narrow model. At GPT-2's width they begin as GPT-2's do.
 - What block i adds to the residual stream is scaled by 1 / i. (GPT-2: by 1 / sqrt(2 n_layer) in
   all blocks.) Both bound the variance. With 1 / i the lower blocks learn first: a circuit that
   forms high in the stack leaves no blocks for the steps that must follow it.
@@ -27,7 +27,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    fused: bool = True        # attention by PyTorch's kernel; False: written out, equal numbers
+    fused: bool = True        # by PyTorch's attention kernel; False: written out
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -194,8 +194,8 @@ class GPT(nn.Module):
 def sinusoids(length, width):
     """-> (length, width): sines and cosines of the position (Vaswani et al. 2017, section 3.5).
 
-    The wavelengths go from 4 tokens to 4 times the length. Those are the distances that matter in
-    a table of this length.
+    The wavelengths go from 4 tokens to nearly 4 times the length. Those are the distances that
+    matter in a table of this length.
     """
     frequency = length ** (-torch.arange(0, width, 2) / width)
     angle = torch.arange(length)[:, None] * math.pi / 2 * frequency  # (length, width / 2)

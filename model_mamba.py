@@ -12,7 +12,7 @@ forget, what to write and what to read. The recurrence is the scan of scan_kerne
 name          in the paper
 L             sequence length. In shapes B is the batch; in the code B and C are the scan's
 delta         Delta: how long a token acts. A large one overwrites the state, a small one keeps it
-d_model       D, the width of the residual stream
+d_model       D, the width of the residual stream. In the code D is the scan's skip connection
 d_inner       E D, the width inside a block (E = expand)
 d_state       N, numbers of state per channel
 dt_rank       R, the rank of the projection that makes Delta ("s_Delta", section 3.6)
@@ -69,7 +69,6 @@ class MambaBlock(nn.Module):
         self.A_log = nn.Parameter(torch.log(A))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.A_log._no_weight_decay = True
-        self.D._no_weight_decay = True
 
         # Delta starts log-uniform between dt_min and dt_max. The bias is softplus^-1 of it.
         bound = config.dt_rank ** -0.5
@@ -106,7 +105,7 @@ class MambaBlock(nn.Module):
         return self.out_proj(y.mT), (conv_state, ssm_state)
 
     def convolve(self, u):
-        """Depthwise convolution over time, without padding: u (B, d_conv - 1 + L, d_inner) -> L.
+        """Depthwise convolution over time: u (B, d_conv - 1 + L, d_inner) -> (B, L, d_inner)
 
         It runs as a 2-d convolution of images of height 1. Conv1d would transpose u and back.
         """

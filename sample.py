@@ -126,8 +126,9 @@ def show(graph, pause):
 def print_result(result, run, star, n):
     print(f"{run.model} on {n} graphs {star}, tokens in the order in which they are written")
     print(f"path accuracy     {result['accuracy']:7.1%}   (guessing an arm: {1 / star.deg:.1%})")
+    source = "from the prefix alone" if run.teacherless else "from its own tokens"
     for label, key, phase in (
-        ("node accuracy", "node_accuracy", "from its own tokens"),
+        ("node accuracy", "node_accuracy", source),
         ("", "forced_node_accuracy", "from the true tokens"),
     ):
         if result[key] is not None:

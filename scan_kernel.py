@@ -26,7 +26,8 @@ gives dy_t = dout_t silu(z_t) and dz_t = dout_t y_t silu'(z_t). Both y_t and h_{
     dD = sum_{b,t} u_t dy_t                 ddelta_t = ddt_t sigmoid(delta_t + delta_bias)
     dh_0 = a_1 g_1                          ddelta_bias = sum_{b,t} ddelta_t
 
-At the last step, the gradient of the last state stands in for a_{t+1} g_{t+1}.
+At the last step, the gradient of the last state stands in for a_{t+1} g_{t+1}. Sums over b are
+over the sequences of the batch.
 
 The gradient needs every h_t. All of them would take N times the memory of u. So the forward pass
 saves only the state at the start of each chunk of time. The backward pass takes the chunks from
@@ -49,8 +50,8 @@ def check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state):
     """Raises ValueError for an argument of a form that the scan does not support."""
     if u.dim() != 3 or A.dim() != 2 or 0 in u.shape[1:] or 0 in A.shape:
         raise ValueError(
-            f"u must be (batch, dim, seqlen) and A (dim, dstate), got {tuple(u.shape)} and "
-            f"{tuple(A.shape)}"
+            f"u must be (batch, dim, seqlen) and A (dim, dstate), none of them 0 but batch, "
+            f"got {tuple(u.shape)} and {tuple(A.shape)}"
         )
     batch, dim, seqlen = u.shape
     dstate = A.shape[1]
@@ -105,7 +106,7 @@ def selective_scan_ref(
     for dt_t, x_t, B_t, C_t in zip(dt.unbind(2), x.unbind(2), B.unbind(2), C.unbind(2)):
         a_t = torch.exp(dt_t[:, :, None] * A)
         h = a_t * h + x_t[:, :, None] * B_t[:, None, :]
-        ys.append((h @ C_t[:, :, None]).squeeze(2))
+        ys.append((h * C_t[:, None, :]).sum(2))
     y = torch.stack(ys, dim=2)                                  # (batch, dim, seqlen)
     if D is not None:
         y = y + D.to(dtype)[:, None] * u_
@@ -117,7 +118,7 @@ def selective_scan_ref(
 
 # The Triton kernels.
 
-TRITON_CHUNK = 8  # time steps in a chunk: the backward kernel holds their states in registers
+TRITON_CHUNK = 8  # time steps in a chunk: few, as the backward kernel holds all their states
 BLOCK_D = 32      # channels of a program: one for each thread of a warp
 
 if triton is not None:
@@ -128,7 +129,8 @@ if triton is not None:
     # (BLOCK_N, BLOCK_D). All tensors are contiguous, with channels last: u, delta, z, out are
     # (batch, seqlen, dim), B and C (batch, seqlen, dstate), A (dstate, dim), D and delta_bias
     # (dim), a state (batch, dstate, dim), and chunk_states (batch, chunks, dstate, dim).
-    # z and the states may be None. Offsets have 64 bits.
+    # None may stand for z, initial_state, dlast_state, the chunk_states of the forward kernel, and
+    # the gradients of z and initial_state. Offsets have 64 bits.
     #
     # The kernels do not specialize `dim`. If the compiler knew that dim is a multiple of 16, it
     # would spread the states of one channel over several threads. Each sum over n would then need
@@ -282,7 +284,7 @@ if triton is not None:
                 if SOFTPLUS:
                     ddt *= tl.sigmoid(raw)
                 if dlast_state is not None:
-                    ddt = tl.where(in_td, ddt, 0.0)             # behind the end, w is not 0 then
+                    ddt = tl.where(in_td, ddt, 0.0)             # behind the end, w need not be 0
                 tl.store(ddelta + td, ddt, in_td)
                 dA_sum += dt[None, :] * w
                 dD_sum += dy * u_t
@@ -403,7 +405,7 @@ def cpu_forward(inputs, delta_softplus, save_states):
     batch, seqlen, _ = u.shape
     out_dtype = u.dtype
     u = u.to(A.dtype)
-    dt = delta + delta_bias
+    dt = delta.to(A.dtype) + delta_bias
     if delta_softplus:
         dt = F.softplus(dt)
     x = dt * u
@@ -436,7 +438,7 @@ def cpu_backward(dout, dlast_state, inputs, chunk_states, delta_softplus):
     u_dtype = u.dtype
     u = u.to(A.dtype)
     dout = dout.to(A.dtype)
-    raw = delta + delta_bias
+    raw = delta.to(A.dtype) + delta_bias
     dt = F.softplus(raw) if delta_softplus else raw
     x = dt * u
     y = torch.empty_like(u)
@@ -450,12 +452,12 @@ def cpu_backward(dout, dlast_state, inputs, chunk_states, delta_softplus):
     memory = new_pieces(3, u, A)
     for rows, chunk, steps in reversed(cut(batch, seqlen, memory.shape[1])):
         piece = rows, steps
-        first = chunk_states[rows, chunk]
-        a, h = scan_piece(first, dt[piece], x[piece], A, B[piece], memory)
+        h_before = chunk_states[rows, chunk]
+        a, h = scan_piece(h_before, dt[piece], x[piece], A, B[piece], memory)
         if z is not None:                                       # dz needs y
             y[piece] = torch.einsum("btn,btnd->btd", C[piece], h)
         dC[piece] = torch.einsum("btd,btnd->btn", dy[piece], h)
-        g = memory[2, :h.shape[0], :h.shape[1]]
+        g = memory[2, :h.shape[0], :h.shape[1]]                 # C_t dy_t; the loop makes it g_t
         torch.mul(dy[piece][:, :, None, :], C[piece][:, :, :, None], out=g)
         a_t, g_t = a.unbind(1), g.unbind(1)
         g_t[-1].add_(carry[rows])
@@ -465,10 +467,11 @@ def cpu_backward(dout, dlast_state, inputs, chunk_states, delta_softplus):
         dx[piece] = torch.einsum("btn,btnd->btd", B[piece], g)
         w = a.mul_(g)                                           # a_t g_t, in the memory of a
         carry[rows] = w[:, 0]
-        w[:, 1:] *= h[:, :-1]
-        w[:, 0] *= first
-        ddt[piece] = torch.mul(w, A, out=g).sum(2)              # g is only memory from here on
-        dA += torch.mul(w, dt[piece][:, :, None, :], out=g).sum((0, 1))
+        w[:, 1:] *= h[:, :-1]                                   # times h_{t-1}: now it is w_t
+        w[:, 0] *= h_before
+        scratch = g                                             # g is not needed any more
+        ddt[piece] = torch.mul(w, A, out=scratch).sum(2)
+        dA += torch.mul(w, dt[piece][:, :, None, :], out=scratch).sum((0, 1))
 
     dz = None
     if z is not None:
@@ -482,7 +485,7 @@ def cpu_backward(dout, dlast_state, inputs, chunk_states, delta_softplus):
     return du, ddt.to(delta.dtype), dA, dB, dC, dD, dz, ddt.sum((0, 1)), dinitial_state
 
 
-# Both as operators of PyTorch, so that autograd and torch.compile take a scan as a whole.
+# Both as one operator of PyTorch, so that autograd and torch.compile take a scan as a whole.
 
 
 def swapped(x):
@@ -507,6 +510,7 @@ def gradients_swapped(gradients, u):
     return tuple(result)
 
 
+# The signatures of the operators, in PyTorch's language for them.
 INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? z, "
     "Tensor delta_bias, Tensor? initial_state"
@@ -527,14 +531,15 @@ def scan_op(*arguments):
     *inputs, delta_softplus, save_states, use_triton = arguments
     forward = triton_forward if use_triton else cpu_forward
     inputs = [swapped(x) for x in inputs]
-    out, last_state, chunk_states = forward(inputs, delta_softplus, save_states)
+    with torch.autocast(inputs[0].device.type, enabled=False):  # products of states stay float32
+        out, last_state, chunk_states = forward(inputs, delta_softplus, save_states)
     if chunk_states is None:
         chunk_states = out.new_empty(0)
     return out.mT, last_state.mT, chunk_states
 
 
 @scan_op.register_fake
-def _(*arguments):
+def fake_scan(*arguments):
     """Shapes, strides and dtypes without the work, for torch.compile."""
     *inputs, _, save_states, use_triton = arguments
     u, A = swapped(inputs[0]), swapped(inputs[2])
@@ -552,12 +557,14 @@ def scan_backward_op(dout, dlast_state, *arguments):
     backward = triton_backward if use_triton else cpu_backward
     u = inputs[0]
     inputs = [swapped(x) for x in inputs]
-    gradients = backward(swapped(dout), swapped(dlast_state), inputs, chunk_states, delta_softplus)
+    dout, dlast_state = swapped(dout), swapped(dlast_state)
+    with torch.autocast(u.device.type, enabled=False):
+        gradients = backward(dout, dlast_state, inputs, chunk_states, delta_softplus)
     return gradients_swapped(gradients, u)
 
 
 @scan_backward_op.register_fake
-def _(dout, dlast_state, *arguments):
+def fake_scan_backward(dout, dlast_state, *arguments):
     *inputs, _, _, _ = arguments
     gradients = [None if x is None else torch.empty_like(swapped(x)) for x in inputs]
     return gradients_swapped(gradients, dout)
@@ -567,23 +574,25 @@ def save_for_backward(ctx, inputs, output):
     *tensors, ctx.delta_softplus, _, ctx.use_triton = inputs
     _, _, chunk_states = output
     ctx.save_for_backward(*tensors, chunk_states)
-    ctx.set_materialize_grads(False)                            # None for an output without use
+    ctx.set_materialize_grads(False)  # the gradient of an output that is not used is None then
 
 
-def scan_gradients(ctx, dout, dlast_state, _):
+def scan_gradients(ctx, dout, dlast_state, _dchunk_states):
     *inputs, chunk_states = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(inputs[0])
     gradients = scan_backward_op(
         dout, dlast_state, *inputs, chunk_states, ctx.delta_softplus, ctx.use_triton
     )
-    return *[None if x is None else dx for x, dx in zip(inputs, gradients)], None, None, None
+    gradients = [None if x is None else dx for x, dx in zip(inputs, gradients)]
+    return *gradients, None, None, None  # the three flags have none
 
 
 scan_op.register_autograd(scan_gradients, setup_context=save_for_backward)
 
 
 def fast_scan(inputs, delta_softplus, return_last_state, use_triton):
+    """The scan by `scan_op`, which needs D and delta_bias, and all but u, delta, z in one dtype."""
     check_arguments(*inputs)
     u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     if D is None:
@@ -642,10 +651,13 @@ def selective_scan(
     after the last step (batch, dim, dstate), in float32, or float64 for u in float64. Gradients
     flow through both, to all tensors. Raises ValueError for arguments of another form.
     """
+    check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    seqlen = u.shape[2]
+    work = u.numel() * A.shape[1]
     if u.is_cuda and triton is not None:
         scan = selective_scan_triton
-    elif u.shape[2:] == (1,) or u.numel() * A.shape[-1:].numel() < 1000:
-        scan = selective_scan_ref  # little work: the CPU path would cost more than it saves
+    elif seqlen == 1 or work < 1000:
+        scan = selective_scan_ref  # the CPU path would cost more than it saves
     else:
         scan = selective_scan_cpu
     return scan(
@@ -660,12 +672,12 @@ def main():
     B, C = torch.randn(2, batch, dstate, seqlen, device=device)
     A = -torch.rand(dim, dstate, device=device)
     inputs = [x.requires_grad_() for x in (u, delta, A, B, C)]
-    print(f"batch {batch}, seqlen {seqlen}, dim {dim}, dstate {dstate}, {device}, one thread")
+    print(f"batch {batch}, seqlen {seqlen}, dim {dim}, dstate {dstate}, {device}, 1 thread")
     for scan in (selective_scan, selective_scan_ref):
         def forward_and_backward():
             scan(*inputs, z=z, delta_softplus=True).sum().backward()
 
-        timer = Timer("f()", globals={"f": forward_and_backward})
+        timer = Timer("f()", globals={"f": forward_and_backward}, num_threads=1)
         milliseconds = 1000 * timer.blocked_autorange().median
         print(f"{scan.__name__:20} forward and backward {milliseconds:8.2f} ms")
 

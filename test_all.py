@@ -504,6 +504,33 @@ def test_dtypes(scan, dtype, tolerance):
 
 
 @every_scan
+def test_mixed_dtypes(scan):
+    """Each per-token argument may have a dtype of its own. out has u's."""
+    inputs = scan_inputs(2, 9, 6, 3)
+    for name, dtype in (
+        ("delta", torch.float64), ("z", torch.float64), ("delta", torch.bfloat16),
+        ("B", torch.bfloat16), ("initial_state", torch.float64),
+    ):
+        mixed = inputs | {name: inputs[name].detach().to(dtype).requires_grad_()}
+        assert scan(**mixed).dtype == torch.float32
+        assert_matches(scan, mixed, tolerance=8e-3 if dtype == torch.bfloat16 else 2e-5)
+
+
+@pytest.mark.parametrize("scan", [
+    selective_scan_ref, selective_scan_cpu,
+    pytest.param(selective_scan_triton, marks=needs_triton),
+])
+def test_autocast_does_not_reach_into_the_scan(scan):
+    """The same bits inside and outside: products of states stay float32."""
+    inputs = scan_inputs(2, 9, 6, 3)
+    plain = passes(scan, inputs)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        inside = passes(scan, inputs)
+    for name, x in inside.items():
+        torch.testing.assert_close(x, plain[name], rtol=0, atol=0)
+
+
+@every_scan
 def test_strides(scan):
     """Views give the same bits: time before channels, every second channel, expanded."""
     inputs = scan_inputs(2, 6, 5, 3)
@@ -729,7 +756,26 @@ def test_scan_refuses_arguments_of_another_form():
     ):
         with pytest.raises(ValueError, match=says):
             selective_scan(**(inputs | wrong))
-    torch.testing.assert_close(selective_scan(**inputs), selective_scan_cpu(**inputs))
+
+
+def test_selective_scan_picks_the_fastest(monkeypatch):
+    """The plain loop for one step or little work, else the path for the device."""
+    picked = []
+    for name in ("selective_scan_ref", "selective_scan_cpu", "selective_scan_triton"):
+        monkeypatch.setattr(
+            scan_kernel, name, lambda *args, name=name: picked.append(name.split("_")[-1])
+        )
+    for batch, seqlen in ((64, 1), (1, 3), (64, 3)):
+        selective_scan(**{name: x.cpu() for name, x in scan_inputs(batch, seqlen, 20, 4).items()})
+    assert picked == ["ref", "ref", "cpu"]
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    if scan_kernel.triton is not None:
+        inputs = scan_inputs(64, 3, 20, 4)
+        selective_scan(**(inputs | {"u": inputs["u"].detach().as_subclass(OnGPU)}))
+        assert picked[-1] == "triton"
 
 
 # ---- model_gpt.py, model_mamba.py
@@ -984,7 +1030,7 @@ def test_mamba_starts_as_the_original():
     assert embedding.std().item() == pytest.approx(512 ** -0.5, rel=0.05)
 
 
-def test_weight_decay_is_on_matrices_only():
+def test_weight_decay_spares_vectors_and_A():
     model = small_mamba()
     args = argparse.Namespace(lr=1e-3, weight_decay=0.1)
     groups = train.make_optimizer(model, args, torch.device("cpu")).param_groups
@@ -1188,8 +1234,8 @@ def test_tiny_runs(given, monkeypatch, tmp_path, capsys):
     assert "a real arm" in printed and "path accuracy" in printed
 
 
-def test_flags_do_what_they_say(monkeypatch, tmp_path):
-    """Learning rate, warm-up, weight decay, seed, fresh data and dtype change the weights."""
+def test_each_flag_of_the_training_changes_the_weights(monkeypatch, tmp_path):
+    """Learning rate, warm-up, weight decay, seed, fresh data and dtype."""
     def weights(name, *given):
         out = tmp_path / name
         assert call(monkeypatch, train, *TINY, "--warmup_iters", 5, *given, "--out_dir", out) == 0
@@ -1218,6 +1264,20 @@ def test_fresh_graphs_are_never_test_graphs(monkeypatch, tmp_path):
     assert call(monkeypatch, train, *given) == 0
     _, _, (test_prefixes, _) = data.datasets(2, 2, 4, 0, 8, 0)
     assert len(seen) == 40 and not seen & set(data.keys(test_prefixes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_evaluation_has_the_dtype_of_the_training(dtype, monkeypatch, tmp_path):
+    predict, seen = train.predict, []
+
+    def recorded(*args):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return predict(*args)
+
+    monkeypatch.setattr(train, "predict", recorded)
+    given = (*TINY, "--dtype", dtype, "--out_dir", tmp_path / "run")
+    assert call(monkeypatch, train, *given) == 0
+    assert seen == [dtype == "bfloat16"] * 3
 
 
 def test_learning_rate_rises_and_falls():
@@ -1312,10 +1372,16 @@ def test_a_finished_run_can_go_further(finished, monkeypatch, tmp_path):
     assert header["config"]["max_iters"] == 12
 
 
-def test_resume_keeps_the_settings(finished, monkeypatch, capsys):
-    for given in (("--lr", 0.5), ("--out_dir=x",), ("--seed", 0)):
+def test_resume_refuses_other_flags(finished, monkeypatch, capsys):
+    for given, says in (
+        (("--lr", 0.5), "omit --lr"),
+        (("--out_dir=x",), "omit --out_dir"),
+        (("--seed", 0), "omit --seed"),
+        (("--max_iters", 3), "too few: 6 steps are done"),
+    ):
         assert call(monkeypatch, train, "--resume", finished, *given) == 2
-        assert is_one_line(capsys.readouterr(), "omit " + given[0].split("=")[0])
+        assert is_one_line(capsys.readouterr(), says)
+    assert read_log(finished)[0]["config"]["max_iters"] == 6
 
 
 def test_nothing_is_overwritten(monkeypatch, tmp_path, capsys):
@@ -1341,10 +1407,19 @@ def test_nothing_is_overwritten(monkeypatch, tmp_path, capsys):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @every_model
 def test_compiled_run_equals_eager(name, monkeypatch, tmp_path):
+    torch_compile, compiled = torch.compile, []
+
+    def recorded(model):
+        compiled.append(folder)
+        return torch_compile(model)
+
+    monkeypatch.setattr(torch, "compile", recorded)
     for folder, given in (("eager", ()), ("compiled", ("--compile",))):
         given = (*TINY, "--model", name, *given, "--out_dir", tmp_path / folder)
         assert call(monkeypatch, train, *given) == 0
-    for a, b in zip(read_log(tmp_path / "eager")[2:], read_log(tmp_path / "compiled")[2:]):
+    assert compiled == ["compiled"]
+    eager_log, compiled_log = read_log(tmp_path / "eager"), read_log(tmp_path / "compiled")
+    for a, b in zip(eager_log[2:], compiled_log[2:], strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
 
 
@@ -1559,7 +1634,9 @@ def test_a_script_refuses_in_one_line():
     """As a user sees it, in a process of its own."""
     for script, given, says in (
         ("train.py", ("--num_nodes", 3), "train.py: error: num_nodes must be at least 9"),
-        ("data.py", ("--deg", -1), "data.py: error: deg must be at least 1"),
+        ("data.py", ("--deg", -1), "data.py: error: argument --deg: must be at least 1"),
+        ("data.py", ("--num_nodes", 8), "data.py: error: num_nodes must be at least 9"),
+        ("data.py", ("--num_nodes", 10 ** 14), "data.py: error: Unable to allocate"),
         ("data.py", ("-n", -1), "data.py: error: argument -n: must not be negative"),
         ("sample.py", (), "--out_dir"),
     ):
@@ -1578,6 +1655,7 @@ def damaged_checkpoints(finished, tmp_path):
         "truncated": whole[:len(whole) // 2],
         "other": {"weights": torch.zeros(2)},
         "renamed": ckpt | {"model": {}},
+        "headless": ckpt | {"log": []},
         "strange": ckpt | {"log": [strange_header, *ckpt["log"][1:]]},
     }
     for name, content in contents.items():
@@ -1614,6 +1692,19 @@ def test_bad_files_and_prompts_are_refused_in_one_line(finished, monkeypatch, tm
         assert call(monkeypatch, sample, "--out_dir", finished, *given) == 2, given
         printed = capsys.readouterr()
         assert is_one_line(printed, says), printed.err
+
+
+def test_a_run_of_another_version_is_not_resumed(finished, monkeypatch, tmp_path, capsys):
+    """Without the optimizer, or without a flag that train.py has now."""
+    ckpt = read_ckpt(finished)
+    config = dict(ckpt["log"][0]["config"])
+    del config["lr"]
+    without_flag = [ckpt["log"][0] | {"config": config}, *ckpt["log"][1:]]
+    without_optimizer = {key: value for key, value in ckpt.items() if key != "optimizer"}
+    for changed in (ckpt | {"log": without_flag}, without_optimizer):
+        torch.save(changed, tmp_path / "ckpt.pt")
+        assert call(monkeypatch, train, "--resume", tmp_path) == 2
+        assert is_one_line(capsys.readouterr(), "is not one of this version of train.py")
 
 
 class Malicious:
@@ -2059,7 +2150,7 @@ def progress(line, args):
     return "pages " + open("/proc/self/statm").read().split()[1]
 
 train.progress = progress
-train.SOLVED = 2
+train.STOP_AT = 2
 train.main()
 """
 

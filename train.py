@@ -8,8 +8,8 @@ path 7 3 9:
     --reverse                   input  p 9 3     to predict  9 3 7     from goal to start
 
 Every evaluation keeps two phases apart. In *inference* (`accuracy`, `node_accuracy`) the model
-reads its own tokens. In the *forced* phase (`forced_accuracy`, `forced_node_accuracy`) it reads
-the true ones, as in teacher-forced training.
+reads its own tokens, or only $ (teacherless). In the *forced* phase (`forced_accuracy`,
+`forced_node_accuracy`) it reads the true ones, as in teacher-forced training.
 
     python train.py --model mamba --teacherless
 """
@@ -33,10 +33,11 @@ from data import (
 
 # ---- Settings
 
-SOLVED = 0.995       # a run stops at this accuracy
+SOLVED = 0.99        # the accuracy from which the verdict is: solved
+STOP_AT = 0.995      # the accuracy at which a run stops
 EVAL_BATCH = 128     # test graphs in one pass: few, so that they stay in the cache of a CPU
-RANK = int(os.environ.get("RANK", 0))              # this process, and the number of processes:
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets both
+RANK = int(os.environ.get("RANK", 0))              # of this process; torchrun sets it
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes; torchrun sets it
 
 DEFAULTS = {
     "gpt": {"n_layer": 6, "n_embd": 64, "n_head": 4, "n_train": 20_000, "lr": 1e-3},
@@ -208,7 +209,7 @@ def predict(model, prompts, targets, dollar=None):
             forced.append(predict_in_one_pass(model, prompt, target))
         else:
             answers.append(predict_in_one_pass(model, prompt, torch.full_like(target, dollar)))
-    return torch.cat(answers), torch.cat(forced) if forced else None
+    return torch.cat(answers).cpu(), torch.cat(forced).cpu() if forced else None
 
 
 def summary(answers, forced, targets):
@@ -241,7 +242,7 @@ def verdict(result, args, n_test):
     # Four standard errors of the accuracy of a guesser, and a little more.
     margin = 0.02 + 4 * math.sqrt(chance * (1 - chance) / n_test)
     shown = f"accuracy {accuracy:.1%}, where guessing an arm gives {chance:.1%}"
-    if accuracy >= 0.99:
+    if accuracy >= SOLVED:
         found = "first hop" if args.only_first_hop else "path"
         return f"{shown}: solved, the model finds the {found}."
     if args.only_first_hop and abs(accuracy - chance) < margin:
@@ -278,7 +279,7 @@ def progress(line, args):
 
 def build_model(args, star):
     if args.model == "gpt":
-        from model_gpt import GPT, GPTConfig  # here, as a copy may have one of the models only
+        from model_gpt import GPT, GPTConfig  # here, so that one model's file is enough for a run
         longest = star.prefix_len + star.path_len - 1
         return GPT(GPTConfig(longest, star.vocab_size, args.n_layer, args.n_head, args.n_embd))
     from model_mamba import Mamba, MambaConfig
@@ -286,7 +287,7 @@ def build_model(args, star):
 
 
 def make_optimizer(model, args, device):
-    """AdamW, with weight decay on matrices only."""
+    """AdamW. Weight decay is on weights of two or more dimensions, but not on Mamba's A_log."""
     decayed, others = [], []
     for p in model.parameters():
         if p.dim() >= 2 and not getattr(p, "_no_weight_decay", False):
@@ -301,7 +302,10 @@ def make_optimizer(model, args, device):
 
 
 def learning_rate(args, step):
-    """Rises over the first warmup_iters steps, and falls to 0 over the last third of all steps."""
+    """Rises over the first warmup_iters steps, and falls to 0 over the last third of max_iters.
+
+    So it leaps up where a run goes on with a larger max_iters than before.
+    """
     rise = (step + 1) / (args.warmup_iters + 1)
     fall = 3 * (1 - step / args.max_iters)
     return args.lr * min(1.0, rise, fall)
@@ -340,12 +344,11 @@ def save(out_dir, model, optimizer, log):
     ckpt = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log}
     path = os.path.join(out_dir, "ckpt.pt")
     try:
-        os.makedirs(out_dir, exist_ok=True)
         torch.save(ckpt, path + ".tmp")
         os.replace(path + ".tmp", path)
         write_log(out_dir, log)
     except (OSError, RuntimeError) as error:  # PyTorch raises RuntimeError if the disk is full
-        sys.exit(f"cannot write to {out_dir}: {error}. The last checkpoint is whole.")
+        sys.exit(f"cannot write to {out_dir}: {error}")
 
 
 def write_log(out_dir, log):
@@ -363,7 +366,7 @@ def load_checkpoint(out_dir):
     No code in the file is run.
     """
     path = os.path.join(out_dir, "ckpt.pt")
-    open(path, "rb").close()
+    open(path, "rb").close()  # raises OSError if there is no such file, or it may not be read
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         args = argparse.Namespace(**ckpt["log"][0]["config"])
@@ -381,11 +384,16 @@ def resume(flags):
     given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
     others = given - {"--resume", "--max_iters"}
     if others:
-        raise ValueError(f"--resume keeps the settings of the run: omit {' '.join(others)}")
+        raise ValueError(f"--resume keeps the settings of the run: omit {' '.join(sorted(others))}")
     ckpt, args, _, model = load_checkpoint(flags.resume)
+    if "optimizer" not in ckpt or vars(flags).keys() - vars(args).keys():
+        raise ValueError(f"the run in {flags.resume} is not one of this version of train.py")
     args.out_dir = flags.resume
     if flags.max_iters is not None:
         args.max_iters = flags.max_iters
+    done = ckpt["log"][-1]["iter"]
+    if args.max_iters < done:
+        raise ValueError(f"--max_iters {args.max_iters} is too few: {done} steps are done")
     return ckpt, args, model
 
 
@@ -416,10 +424,9 @@ def evaluate(args, star, model, test_set, device, autocast):
     shared = [None]
     if RANK == 0:
         prompts, targets = prompts_and_targets(args, *test_set)
-        prompts, targets = prompts.to(device), targets.to(device)
         dollar = star.dollar if args.teacherless else None
         with autocast:
-            answers, forced = predict(model, prompts, targets, dollar)
+            answers, forced = predict(model, prompts.to(device), targets.to(device), dollar)
         shared = [summary(answers, forced, targets)]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(shared)
@@ -443,7 +450,10 @@ def train(args, star, train_set, test_set, model, optimizer, device, log):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     step_model = torch.compile(model) if args.compile else model
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
         step_model = DistributedDataParallel(step_model)
     inputs, targets = training_tokens(args, star, *train_set)
     inputs, targets = inputs.to(device), targets.to(device)
@@ -460,8 +470,6 @@ def train(args, star, train_set, test_set, model, optimizer, device, log):
         x, y = training_tokens(args, star, *graphs)
         return x[RANK::WORLD_SIZE].to(device), y[RANK::WORLD_SIZE].to(device)
 
-    if RANK == 0 and len(log) > 1:
-        write_log(args.out_dir, log)  # a killed run may have saved its checkpoint, but not its log
     step = log[-1].get("iter", 0)  # the header has none
     began = time.time() - log[-1].get("elapsed_s", 0.0)
     losses = []
@@ -481,7 +489,7 @@ def train(args, star, train_set, test_set, model, optimizer, device, log):
             if RANK == 0:
                 save(args.out_dir, model, optimizer, log)
                 print(progress(line, args), flush=True)
-        if step >= args.max_iters or log[-1]["accuracy"] >= SOLVED:
+        if step >= args.max_iters or log[-1]["accuracy"] >= STOP_AT:
             break
 
         for group in optimizer.param_groups:
@@ -497,7 +505,7 @@ def train(args, star, train_set, test_set, model, optimizer, device, log):
         step += 1
 
     if WORLD_SIZE > 1:
-        dist.barrier()  # process 0 serves the others, so it must not leave first
+        dist.barrier()  # no process leaves while another still sends
         del step_model  # it must let go of the group first: else the exit hangs now and then
         dist.destroy_process_group()
 
@@ -528,11 +536,14 @@ def main():
         optimizer = make_optimizer(model, args, device)
         if ckpt is None:
             log = [log_header(args, device)]
+            os.makedirs(args.out_dir, exist_ok=True)
         else:
             optimizer.load_state_dict(ckpt["optimizer"])
             log = ckpt["log"]
             log[0]["config"] = vars(args)
-    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
+            if RANK == 0:
+                write_log(args.out_dir, log)  # a killed run may lack its last line
+    except (ValueError, KeyError, OSError, RuntimeError, MemoryError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
 
     if RANK == 0:
@@ -542,7 +553,9 @@ def main():
     try:
         train(args, star, train_set, test_set, model, optimizer, device, log)
     except KeyboardInterrupt:
-        sys.exit(f"interrupted. To go on: python train.py --resume {args.out_dir}")
+        if len(log) == 1:
+            sys.exit("interrupted before the first checkpoint")
+        sys.exit(f"interrupted. To go on: python train.py --resume {shlex.quote(args.out_dir)}")
     if RANK == 0:
         print(verdict(log[-1], args, args.n_test))
 

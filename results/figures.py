@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data import PathStar, draw, edges_of, find_arms  # noqa: E402
 from reproduce import GRID_STEPS, read_log  # noqa: E402
-from train import SOLVED  # noqa: E402
+from train import STOP_AT  # noqa: E402
 
 BLUE = "#0072B2"        # these colours differ for the colour-blind, too
 ORANGE = "#E69F00"
@@ -111,7 +111,7 @@ def draw_nodes(name, key, title, ylabel, **flags):
     for model, ax in panels.items():
         runs = records(model=model, deg=2, path_len=5, only_first_hop=False, **flags)
         if flags["teacherless"]:
-            runs = [(config, log) for config, log in runs if log["accuracy"][-1] >= SOLVED]
+            runs = [(config, log) for config, log in runs if log["accuracy"][-1] >= STOP_AT]
         _, log = min(runs, key=lambda run: run[0]["seed"])
         for place, label, color, style in nodes:
             shares = [shares[place] for shares in log[key]]

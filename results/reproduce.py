@@ -21,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 sys.path.insert(0, str(PROJECT))
-from train import SOLVED  # noqa: E402
+from train import STOP_AT  # noqa: E402
 
 OBJECTIVES = {
     "teacher_forced": [],
@@ -79,7 +79,7 @@ def is_finished(file):
         return False
     header, lines = read_log(file)
     end = lines[-1]
-    return end["iter"] == header["config"]["max_iters"] or end["accuracy"] >= SOLVED
+    return end["iter"] == header["config"]["max_iters"] or end["accuracy"] >= STOP_AT
 
 
 def minutes(file):
