@@ -48,8 +48,8 @@ STEPS = {                                                       # 20,000 are 25 
 }
 LARGER = [(5, 5), (2, 10), (10, 5), (20, 5)]                    # (deg, path_len)
 MATRIX_RATE = 788e12    # FLOP a second of large bfloat16 products on an H200
-SCAN_SECONDS = 31e-12   # of a scan, forward and backward, for each channel and time step: the issue
-                        # limits of its machine code on an H200 (speed.md)
+SCAN_SECONDS = 31e-12   # of a scan, both passes, per channel and time step, from the
+                        # counts of its machine code (speed.md)
 
 
 def flags_of(model, objective, deg, path_len, seed):
