@@ -23,8 +23,8 @@ from data import (
     read_graphs
 )
 from train import (
-    load_checkpoint, model_input, non_negative_float, predict, prompts_and_targets, summary,
-    verdict
+    from_start, load_checkpoint, non_negative_float, predict, probabilities, prompts_and_targets,
+    summary, verdict
 )
 
 GREEN, RED, FAINT = 32, 31, 2  # terminal colours
@@ -43,24 +43,12 @@ def get_graphs(args, star):
     return prefix_tokens(star, edges, paths), paths
 
 
-@torch.no_grad()
-def probabilities(model, prompt, answer, dollar):
-    """What the model gives each token at each place of its answer -> (target_len, vocab_size)"""
-    fed = answer if dollar is None else torch.full_like(answer, dollar)
-    logits, _ = model(model_input(prompt[None], fed[None]))
-    return logits[0, -len(answer):].softmax(dim=1)
+def explain(prefix, path, answer, forced, p):
+    """One graph and what the model makes of it -> a dict for JSON
 
-
-def explain(prefix, path, answer, forced, p, run):
-    """One graph and what the model makes of it, from start to goal -> a dict for JSON
-
-    prefix, path, answer and forced (or None) are lists of tokens, the last two in the order in
-    which the model writes them; p is what `probabilities` returns.
+    prefix, path, answer and forced (or None) are lists of tokens, p (places, tokens) has the
+    probabilities. All but the prefix are in the order from start to goal.
     """
-    sure = [p[place, token].item() for place, token in enumerate(answer)]
-    if run.reverse:
-        answer, sure, p = answer[::-1], sure[::-1], p.flip(0)
-        forced = forced and forced[::-1]
     arms = find_arms(edges_of(prefix), prefix[-3])
     arms.sort(key=lambda arm: arm != path)                  # the right one first
     leaves_at = None
@@ -73,7 +61,7 @@ def explain(prefix, path, answer, forced, p, run):
         "arms": arms,
         "first_hop": [p[1, arm[1]].item() for arm in arms],
         "answer": answer,
-        "sure": sure,
+        "sure": [p[place, token].item() for place, token in enumerate(answer)],
         "forced": forced,
         "leaves_at": leaves_at,
         "real_arm": is_arm(answer, arms),
@@ -174,16 +162,16 @@ def main():
     prompts, targets = prompts_and_targets(run, prefixes, paths)
     dollar = star.dollar if run.teacherless else None
     answers, forced = predict(model, prompts, targets, dollar)
-    graphs, real_arms = [], 0
-    for i, (prefix, path, answer) in enumerate(zip(prefixes.tolist(), paths.tolist(), answers)):
-        if i < args.show:
-            p = probabilities(model, prompts[i], answer, dollar)
-            forced_i = None if forced is None else forced[i].tolist()
-            graphs.append(explain(prefix, path, answer.tolist(), forced_i, p, run))
-        nodes = answer.flip(0) if run.reverse else answer
-        real_arms += is_arm(nodes.tolist(), find_arms(edges_of(prefix), prefix[-3]))
-
     result = summary(answers, forced, targets)
+    shown = slice(args.show)
+    p = probabilities(run, model, prompts[shown], answers[shown], dollar)
+    answers = from_start(run, answers).tolist()
+    forced = [None] * len(paths) if forced is None else from_start(run, forced).tolist()
+    prefixes, paths = prefixes.tolist(), paths.tolist()
+    graphs = [explain(*graph) for graph in zip(prefixes, paths, answers, forced, p)]
+    real_arms = 0
+    for prefix, answer in zip(prefixes, answers):
+        real_arms += is_arm(answer, find_arms(edges_of(prefix), prefix[-3]))
     result["real_arm"] = real_arms / len(paths)
     result["verdict"] = None
     if len(paths) >= 100:                                   # fewer show nothing

@@ -1525,7 +1525,7 @@ PREFIX = [1, 2, 10, 4, 5, 10, 1, 4, 10, 2, 3, 12, 1, 5, 11]
 
 def test_sample_marks_where_the_answer_leaves_the_path(capsys):
     p = probabilities_of({1: 0.99}, {2: 0.5, 4: 0.25}, {3: 1})
-    graph = sample.explain(PREFIX, [1, 4, 5], [1, 2, 3], [1, 2, 5], p, flags())
+    graph = sample.explain(PREFIX, [1, 4, 5], [1, 2, 3], [1, 2, 5], p)
     assert graph["leaves_at"] == 1 and graph["real_arm"]
     assert graph["arms"] == [[1, 4, 5], [1, 2, 3]] and graph["first_hop"] == [0.25, 0.5]
     sample.show(graph, pause=0)
@@ -1540,22 +1540,14 @@ def test_sample_marks_where_the_answer_leaves_the_path(capsys):
         "",
     ]
     p = probabilities_of({1: 1}, {4: 1}, {5: 1})
-    graph = sample.explain(PREFIX, [1, 4, 5], [1, 4, 5], None, p, flags(teacherless=True))
+    graph = sample.explain(PREFIX, [1, 4, 5], [1, 4, 5], None, p)
     assert graph["leaves_at"] is None and graph["real_arm"] and graph["forced"] is None
     sample.show(graph, pause=0)
     assert capsys.readouterr().out.splitlines()[3:] == [
         "  answer    1 ->    4 ->    5", "    sure 100%    100%    100%", "        right", ""
     ]
     p = probabilities_of({1: 1}, {2: 1}, {5: 1})
-    assert not sample.explain(PREFIX, [1, 4, 5], [1, 2, 5], None, p, flags())["real_arm"]
-
-
-def test_sample_turns_reversed_answers_around():
-    p = probabilities_of({5: 0.9}, {4: 0.8, 2: 0.1}, {1: 0.7})
-    graph = sample.explain(PREFIX, [1, 4, 5], [5, 4, 1], [5, 4, 2], p, flags(reverse=True))
-    assert graph["answer"] == [1, 4, 5] and graph["forced"] == [2, 4, 5]
-    assert graph["sure"] == pytest.approx([0.7, 0.8, 0.9])
-    assert graph["first_hop"] == pytest.approx([0.8, 0.1])
+    assert not sample.explain(PREFIX, [1, 4, 5], [1, 2, 5], None, p)["real_arm"]
 
 
 @pytest.mark.parametrize("objective", [
@@ -1588,7 +1580,43 @@ def test_probabilities_of_a_sample(objective, monkeypatch, tmp_path, capsys):
         assert graph["sure"] == pytest.approx(sure, abs=1e-5)
         first_hop = [rows[hop][arm[1]] for arm in graph["arms"]]
         assert graph["first_hop"] == pytest.approx(first_hop, abs=1e-5)
-        assert (graph["forced"] is None) == ("--teacherless" in objective)
+        if "--teacherless" in objective:
+            assert graph["forced"] is None
+            continue
+        path = graph["path"][:len(written)]
+        if "--reverse" in objective:
+            path = path[::-1]
+        forced = []
+        for i in range(len(path)):
+            logits, _ = model(torch.tensor([prefix + path[:i]]))
+            forced.append(logits[0, -1].argmax().item())
+        if "--reverse" in objective:
+            forced = forced[::-1]
+        assert graph["forced"] == forced
+
+
+@pytest.mark.parametrize("objective", [
+    (), ("--teacherless",), ("--reverse",), ("--only_first_hop",), ("--model", "mamba")
+])
+def test_the_log_says_what_sample_says(objective, monkeypatch, tmp_path, capsys):
+    """The answers in the last line of the log, against those to the same graphs from a file."""
+    out = tmp_path / "run"
+    file = tmp_path / "test.txt"
+    prefixes, paths = data.draw(SMALL_STAR, 20, rng(3))
+    file.write_text("".join(
+        data.to_text(prefix, path) + "\n" for prefix, path in zip(prefixes.tolist(), paths.tolist())
+    ))
+    given = ("--test_file", file, "--num_nodes", SMALL_STAR.num_nodes)
+    assert call(monkeypatch, train, *TINY, *objective, *given, "--out_dir", out) == 0
+    capsys.readouterr()
+    assert call(monkeypatch, sample, "--out_dir", out, "--file", file, "--show", 8, "--json") == 0
+    graphs = json.loads(capsys.readouterr().out)["graphs"]
+    line = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert len(line["samples"]) == len(graphs) == 8
+    for logged, graph in zip(line["samples"], graphs):
+        assert logged["answer"] == graph["answer"]
+        hop = graph["arms"].index(graph["path"])
+        assert logged["first_hop"] == pytest.approx(graph["first_hop"][hop], abs=1e-4)
 
 
 # ---- What is refused, and what stops a run

@@ -36,6 +36,7 @@ from data import (
 SOLVED = 0.99        # the accuracy from which the verdict is: solved
 STOP_AT = 0.995      # the accuracy at which a run stops
 EVAL_BATCH = 128     # test graphs in one pass: few, so that they stay in the cache of a CPU
+N_SAMPLES = 8        # test graphs whose answers stand in the log
 RANK = int(os.environ.get("RANK", 0))              # of this process; torchrun sets it
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes; torchrun sets it
 
@@ -209,7 +210,33 @@ def predict(model, prompts, targets, dollar=None):
             forced.append(predict_in_one_pass(model, prompt, target))
         else:
             answers.append(predict_in_one_pass(model, prompt, torch.full_like(target, dollar)))
-    return torch.cat(answers).cpu(), torch.cat(forced).cpu() if forced else None
+    return torch.cat(answers), torch.cat(forced) if forced else None
+
+
+def from_start(args, written):
+    """What the model writes (n, target_len, ...), in the order from start to goal."""
+    return written.flip(1) if args.reverse else written
+
+
+@torch.no_grad()
+def probabilities(args, model, prompts, answers, dollar=None):
+    """What the model gives each token at each place of its answers, from start to goal.
+
+    -> (n, target_len, vocab_size). Inference read its own tokens, or `dollar`: so does this pass.
+    """
+    fed = answers if dollar is None else torch.full_like(answers, dollar)
+    logits, _ = model(model_input(prompts, fed))
+    return from_start(args, logits[:, -fed.size(1):].float().softmax(dim=2))
+
+
+def samples(args, model, prompts, answers, paths, dollar=None):
+    """-> [{"answer": its nodes from start to goal, "first_hop": the probability of the right one}]
+    """
+    p = probabilities(args, model, prompts, answers, dollar)
+    result = []
+    for i, answer in enumerate(from_start(args, answers).tolist()):
+        result.append({"answer": answer, "first_hop": round(p[i, 1, paths[i, 1]].item(), 4)})
+    return result
 
 
 def summary(answers, forced, targets):
@@ -420,14 +447,18 @@ def mean_loss(losses):
 
 
 def evaluate(args, star, model, test_set, device, autocast):
-    """-> the `summary` for the test set, the same dict in every process"""
+    """-> the `summary` for the test set, and `samples`, the same dict in every process"""
     shared = [None]
     if RANK == 0:
         prompts, targets = prompts_and_targets(args, *test_set)
+        prompts, targets = prompts.to(device), targets.to(device)
         dollar = star.dollar if args.teacherless else None
+        _, paths = test_set
+        first = slice(N_SAMPLES)
         with autocast:
-            answers, forced = predict(model, prompts.to(device), targets.to(device), dollar)
-        shared = [summary(answers, forced, targets)]
+            answers, forced = predict(model, prompts, targets, dollar)
+            shown = samples(args, model, prompts[first], answers[first], paths[first], dollar)
+        shared = [{**summary(answers, forced, targets), "samples": shown}]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(shared)
     return shared[0]
