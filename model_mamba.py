@@ -77,8 +77,6 @@ class MambaBlock(nn.Module):
         dt = torch.exp(torch.rand(d_inner) * (log_max - log_min) + log_min)
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-            # The variance of the residual stream must not grow with depth.
-            self.out_proj.weight.div_(math.sqrt(config.n_layer))
 
     def forward(self, x, state=None):
         """x (B, L, d_model) -> the same shape, and the state after the last token.
@@ -140,6 +138,10 @@ class Mamba(nn.Module):
         # This gives logits of size 1. The package's 0.02 is for large widths: in a narrow model
         # the embedding would drown in what the first layer adds.
         nn.init.normal_(self.lm_head.weight, std=config.d_model ** -0.5)
+        # Later layers add less at first, as in model_gpt.py. The look-ups are then learned sooner.
+        with torch.no_grad():
+            for i, layer in enumerate(self.backbone.layers, start=1):
+                layer.mixer.out_proj.weight.div_(i)
 
     def hidden_states(self, idx, states=None):
         """idx (B, L) -> the last layer's output, normed (B, L, d_model), and a state a layer.

@@ -1012,7 +1012,7 @@ def test_mamba_is_mamba():
 
 
 def test_mamba_starts_as_the_original():
-    """Apart from the embedding, which begins larger."""
+    """Apart from the embedding, which begins larger, and what layer i adds, divided by i."""
     torch.manual_seed(0)
     model = Mamba(MambaConfig(vocab_size=14, n_layer=4, d_model=512))
     mixer = model.backbone.layers[0].mixer
@@ -1023,8 +1023,9 @@ def test_mamba_starts_as_the_original():
     assert abs(log_dt.mean() - (low + high) / 2) < 0.15  # mean and variance of a uniform one
     assert abs(log_dt.var() / ((high - low) ** 2 / 12) - 1) < 0.15
     assert mixer.dt_proj.weight.abs().max() <= 32 ** -0.5 and mixer.D.eq(1).all()
-    bound = 1 / math.sqrt(1024) / math.sqrt(4)           # of a linear layer, over sqrt(n_layer)
-    assert 0.99 * bound < mixer.out_proj.weight.abs().max() <= bound
+    for i, layer in enumerate(model.backbone.layers, start=1):
+        bound = 1 / math.sqrt(1024) / i                  # of a linear layer, over i
+        assert 0.99 * bound < layer.mixer.out_proj.weight.abs().max() <= bound
     embedding = model.backbone.embedding.weight
     assert embedding is model.lm_head.weight
     assert embedding.std().item() == pytest.approx(512 ** -0.5, rel=0.05)
@@ -1185,7 +1186,7 @@ TINY = (
 )
 KEYS = [
     "iter", "examples", "elapsed_s", "train_loss", "lr", "accuracy", "node_accuracy",
-    "forced_accuracy", "forced_node_accuracy", "cheat_accuracy",
+    "forced_accuracy", "forced_node_accuracy", "cheat_accuracy", "samples",
 ]
 
 
@@ -1281,10 +1282,12 @@ def test_evaluation_has_the_dtype_of_the_training(dtype, monkeypatch, tmp_path):
 
 
 def test_learning_rate_rises_and_falls():
-    args = argparse.Namespace(lr=1.0, warmup_iters=3, max_iters=12)
+    args = argparse.Namespace(lr=1.0, warmup_iters=3, max_iters=12, decay_frac=1 / 3)
     rates = [train.learning_rate(args, step) for step in range(13)]
     rise, fall = [1 / 4, 2 / 4, 3 / 4], [3 / 4, 2 / 4, 1 / 4, 0]
     assert rates == pytest.approx(rise + [1] * 6 + fall)
+    args.decay_frac = 1.0
+    assert train.learning_rate(args, 9) == pytest.approx(1 / 4)
 
 
 def test_a_run_stops_when_the_task_is_solved(monkeypatch, tmp_path, capsys):
@@ -1758,7 +1761,8 @@ def some_flags(random):
         "--deg": (2, 3, 0, -1), "--path_len": (3, 5, 1), "--num_nodes": (15, 12, 4),
         "--n_train": (50, 0, -3), "--n_test": (10, 0), "--model": ("gpt", "mamba", "rnn"),
         "--n_layer": (1, 0), "--n_embd": (16, 12, 15), "--n_head": (2, 4, 0), "--d_state": (2, 0),
-        "--batch_size": (4, 0), "--lr": (1e-3, 0, "nan", "x"), "--weight_decay": (0, -1),
+        "--batch_size": (4, 0), "--lr": (1e-3, 0, "nan", "x"), "--decay_frac": (0.5, 0),
+        "--weight_decay": (0, -1),
         "--warmup_iters": (0, 5, -1), "--eval_interval": (1, 2, 0), "--seed": (1, -1),
         "--dtype": ("float32", "bfloat16", "int8"), "--device": ("cpu", "cuda:7"),
         "--frobnicate": (1,), "--teacherless": None, "--reverse": None, "--only_first_hop": None,
@@ -1953,6 +1957,15 @@ def test_the_table_is_that_of_the_logs():
         assert line in README, line
 
 
+@pytest.mark.parametrize("page, command", [
+    ("earlier.md", ("results/table.py", "results/earlier")), ("tried.md", ("results/tried.py",))
+])
+def test_other_pages_are_what_their_scripts_print(page, command):
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (HERE / "results" / page).read_text()
+
+
 def test_the_hops_in_readme_are_those_of_the_logs():
     """Section 5 quotes the node accuracies at the end of three runs of the grid."""
     text = " ".join(README.split())
@@ -1961,7 +1974,9 @@ def test_the_hops_in_readme_are_those_of_the_logs():
         ("mamba-teacherless-deg5-len5", slice(1, -1)),
         ("gpt-teacherless-deg2-len6", slice(1, 4)),             # those that it guesses
     ):
-        end = json.loads((LOGS / f"{name}-seed0.jsonl").read_text().splitlines()[-1])
+        folder = LOGS if name.startswith("gpt") else HERE / "results" / "earlier"
+        log = folder / f"{name}-seed0.jsonl"
+        end = json.loads(log.read_text().splitlines()[-1])
         *first, last = [f"{100 * share:.0f}" for share in end["node_accuracy"][hops]]
         assert f"{', '.join(first)} and {last} %" in text, name
 
@@ -1982,14 +1997,16 @@ def test_the_table_counts_right(tmp_path):
         lines = [header]
         for step, share in third_node.items():
             lines.append({
-                "iter": step, "elapsed_s": 60, "accuracy": accuracy, "cheat_accuracy": None,
+                "iter": step, "examples": 8 * step, "elapsed_s": 60, "accuracy": accuracy,
+                "cheat_accuracy": None,
                 "node_accuracy": [1, accuracy, share, 1], "forced_node_accuracy": None,
             })
         (logs / f"{seed}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     script = tmp_path / "results" / "table.py"
     result = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    line = f"| `{command}` | 2 | 1 | 75.0% (50.0% - 100.0%) | - | - | 0, 1 never; 300 | 300 | 1.0 |"
+    line = f"| `{command}` | 2 | 1 | 75.0% (50.0% - 100.0%) | - | - | 0, 1 never; 300 | 300 | 2k | "
+    line += "1.0 |"
     assert line in result.stdout.splitlines(), result.stdout
 
 
@@ -2015,8 +2032,9 @@ def test_each_recorded_command_asks_for_the_recorded_run():
         train.fill_in_defaults(args)
         for name in ("out_dir", "overwrite", "resume"):
             delattr(args, name)
+        config = {"decay_frac": 1 / 3} | header["config"]       # in logs from before that flag
         for name, value in vars(args).items():
-            assert header["config"][name] == value, (path.name, name)
+            assert config[name] == value, (path.name, name)
 
 
 def test_no_script_works_at_import():

@@ -41,12 +41,18 @@ RANK = int(os.environ.get("RANK", 0))              # of this process; torchrun s
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes; torchrun sets it
 
 DEFAULTS = {
-    "gpt": {"n_layer": 6, "n_embd": 64, "n_head": 4, "n_train": 20_000, "lr": 1e-3},
-    "mamba": {"n_layer": 3, "n_embd": 128, "d_state": 16, "n_train": 100_000, "lr": 2e-3},
+    "gpt": {
+        "n_layer": 6, "n_embd": 64, "n_head": 4,
+        "n_train": 20_000, "batch_size": 128, "lr": 1e-3, "decay_frac": 1 / 3,
+    },
+    "mamba": {
+        "n_layer": 6, "n_embd": 64, "d_state": 16,
+        "n_train": 100_000, "batch_size": 64, "lr": 6e-3, "decay_frac": 1.0,
+    },
 }
 MAX_ITERS = {
     "gpt": {"teacherless": 6000, "others": 2000},
-    "mamba": {"teacherless": 3000, "others": 1000},
+    "mamba": {"teacherless": 2000, "others": 1000},
 }
 
 
@@ -95,9 +101,11 @@ def make_parser():
     add("--d_state", type=positive_int, help="numbers of state per channel")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--batch_size", type=positive_int, default=128, help="examples in a step (%(default)s)")
+    add("--batch_size", type=positive_int, help="examples in a step")
     add("--max_iters", type=positive_int, help="steps at most")
     add("--lr", type=positive_float, help="peak learning rate")
+    add("--decay_frac", type=positive_float,
+        help="the part of the run, at its end, in which the learning rate falls to 0")
     add("--weight_decay", type=non_negative_float, default=0.01, help="AdamW's (%(default)s)")
     add("--warmup_iters", type=non_negative_int, default=100, help="steps to peak (%(default)s)")
 
@@ -329,12 +337,12 @@ def make_optimizer(model, args, device):
 
 
 def learning_rate(args, step):
-    """Rises over the first warmup_iters steps, and falls to 0 over the last third of max_iters.
+    """Rises over the first warmup_iters steps, and falls to 0 over the last part of max_iters.
 
-    So it leaps up where a run goes on with a larger max_iters than before.
+    That part is decay_frac. The rate leaps up where a run goes on with a larger max_iters than before.
     """
     rise = (step + 1) / (args.warmup_iters + 1)
-    fall = 3 * (1 - step / args.max_iters)
+    fall = (1 - step / args.max_iters) / args.decay_frac
     return args.lr * min(1.0, rise, fall)
 
 

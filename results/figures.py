@@ -32,10 +32,10 @@ SETTINGS = {
 }
 
 
-def records(**settings):
+def records(folder="logs", **settings):
     """The recorded runs with these settings -> [(config, {figure: its values over the run})]"""
     found = []
-    for file in sorted((HERE / "logs").glob("*.jsonl")):
+    for file in sorted((HERE / folder).glob("*.jsonl")):
         header, lines = read_log(file)
         config = header["config"]
         if all(config[name] == value for name, value in settings.items()):
@@ -123,9 +123,13 @@ def draw_nodes(name, key, title, ylabel, **flags):
 
 
 def ends_by_size(size, **settings):
-    """-> {deg or path_len: path accuracies of the runs with these settings after GRID_STEPS}"""
+    """-> {deg or path_len: path accuracies of the runs with these settings after GRID_STEPS}
+
+    The Mamba is the one of results/earlier, with 3 layers.
+    """
     ends = {}
-    for config, log in records(reverse=False, only_first_hop=False, **settings):
+    folder = "earlier" if settings["model"] == "mamba" else "logs"
+    for config, log in records(folder, reverse=False, only_first_hop=False, **settings):
         within = [share for share, step in zip(log["accuracy"], log["iter"]) if step <= GRID_STEPS]
         ends.setdefault(config[size], []).append(within[-1])
     return dict(sorted(ends.items()))
@@ -133,6 +137,7 @@ def ends_by_size(size, **settings):
 
 def draw_grid_panel(ax, size, fixed):
     """One half of the grid: over `size`, "deg" or "path_len", where the other one is fixed."""
+    names = MODELS | {"mamba": "Mamba, 3 layers"}
     for model, aside, marker in (("gpt", -0.06, "o"), ("mamba", 0.06, "^")):
         for teacherless, color, style in ((False, RED, "-"), (True, BLUE, "--")):
             ends = ends_by_size(size, model=model, teacherless=teacherless, **fixed)
@@ -145,11 +150,11 @@ def draw_grid_panel(ax, size, fixed):
             objective = "teacherless" if teacherless else "teacher-forced"
             face = color if model == "gpt" else "white"
             ax.plot(xs, ys, marker, color=color, markersize=5, mfc=face,
-                    label=f"{MODELS[model]}, {objective}")
+                    label=f"{names[model]}, {objective}")
 
 
 def draw_grid():
-    """Path accuracy of all recorded runs after at most GRID_STEPS steps, over the graph's size."""
+    """Path accuracy after at most GRID_STEPS steps, over the graph's size."""
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), sharey=True, layout="constrained")
     left, right = axes
     draw_grid_panel(left, "path_len", {"deg": 2})
@@ -166,7 +171,7 @@ def draw_grid():
     for ax in axes:
         percent_axis(ax)
     figure.legend(
-        *left.get_legend_handles_labels(), loc="outside upper center", ncol=4, fontsize=8,
+        *left.get_legend_handles_labels(), loc="outside upper center", ncol=2, fontsize=8,
         columnspacing=1
     )
     save(figure, "grid")

@@ -1,8 +1,8 @@
 """Where in the stack does a teacherless model know which node? Linear probes, as Markdown.
 
-    python results/reproduce.py gpt-teacherless-seed2 mamba-teacherless-seed1
+    python results/reproduce.py gpt-teacherless-seed2 mamba-teacherless-seed0
     python results/probe.py out/reproduce/gpt-teacherless-seed2 \
-        out/reproduce/mamba-teacherless-seed1 > results/probe.md
+        out/reproduce/mamba-teacherless-seed0 > results/probe.md
 
 A cell belongs to a layer, a node of the path and a position of the input. A least-squares map from
 the residual stream after this layer, at this position, to the node is fitted on 4,000 new graphs.

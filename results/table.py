@@ -1,5 +1,7 @@
 """Prints the recorded runs as two tables, in Markdown: python results/table.py > results/README.md
 
+    python results/table.py results/earlier > results/earlier.md
+
 It reads the logs in results/logs, or in the folder that is its argument. Runs belong together if
 their commands differ in --seed and --out_dir only.
 """
@@ -26,9 +28,14 @@ The first table has the mean over the seeds (least - greatest).
   95 % of the graphs at every evaluation, in teacherless training.
 - *Minutes*: on one core of a machine that did other things, too.
 """
+EARLIER = """\
+Runs of the Mamba with earlier default settings, made with the code of commit c217520: 3 layers of
+width 128, batches of 128, a learning rate of 2e-3 that falls over the last third, and what each
+layer adds divided by sqrt(3) at the start. [README.md](README.md) explains the columns.
+"""
 GROUP_COLUMNS = [
     "command, with `--seed` 0, 1, ...", "runs", "solved", "paths right", "forced: first hop",
-    "later nodes", "hops learned at", "steps", "minutes",
+    "later nodes", "hops learned at", "steps", "examples", "minutes",
 ]
 RUN_COLUMNS = ["log", "seed", "paths right", "at step", "minutes", "on"]
 
@@ -37,6 +44,7 @@ class Run:
     def __init__(self, file):
         self.file = file
         header, *self.lines = [json.loads(line) for line in file.read_text().splitlines()]
+        self.header = header
         self.config = header["config"]
         self.machine = header["machine"]
         self.versions = header["versions"]
@@ -109,6 +117,7 @@ def group_row(command, runs):
         later_nodes,
         hops,
         spread([end["iter"] for end in ends], "{:,.0f}"),
+        spread([end["examples"] / 1000 for end in ends], "{:,.0f}k"),
         spread([end["elapsed_s"] / 60 for end in ends], "{:.1f}"),
     ]
 
@@ -139,7 +148,9 @@ def group_order(command):
 
 
 def main():
-    folder = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else HERE / "logs"
+    folder, introduction = HERE / "logs", INTRODUCTION
+    if len(sys.argv) > 1:
+        folder, introduction = Path(sys.argv[1]).resolve(), EARLIER
     groups = {}
     for file in folder.glob("*.jsonl"):
         run = Run(file)
@@ -149,7 +160,7 @@ def main():
         runs = sorted(groups[command], key=lambda run: run.config["seed"])
         group_rows.append(group_row(command, runs))
         run_rows += [run_row(run) for run in runs]
-    print(INTRODUCTION)
+    print(introduction)
     print_table(GROUP_COLUMNS, group_rows)
     print()
     print_table(RUN_COLUMNS, run_rows)
