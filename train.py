@@ -339,7 +339,8 @@ def make_optimizer(model, args, device):
 def learning_rate(args, step):
     """Rises over the first warmup_iters steps, and falls to 0 over the last part of max_iters.
 
-    That part is decay_frac. The rate leaps up where a run goes on with a larger max_iters than before.
+    decay_frac is the size of that part. The rate leaps up where a run goes on with a larger
+    max_iters than before.
     """
     rise = (step + 1) / (args.warmup_iters + 1)
     fall = (1 - step / args.max_iters) / args.decay_frac
