@@ -2069,6 +2069,12 @@ def test_solutions_of_the_exercises_fit():
         assert git("apply", "--check", patch) == 0, patch.name
 
 
+def test_the_seconds_of_the_first_command_are_those_of_its_log():
+    log = (HERE / "results" / "first_command.jsonl").read_text().splitlines()
+    assert json.loads(log[0])["command"] == "python train.py --model mamba --teacherless"
+    assert f"trained for {json.loads(log[-1])['elapsed_s']:.0f} seconds" in README
+
+
 def test_the_exercises_quote_their_logs():
     """The accuracy and the step in an exercise's text are those at the end of its log."""
     exercises = README.split("## 8. Exercises")[1]
