@@ -3,8 +3,9 @@
 B  batch        T  tokens        C  n_embd, the width        vocab_size  number of tokens
 
 Parameters have the names and shapes of nanoGPT, so GPT-2's weights load with `strict=True` once
-its Conv1D matrices are transposed. There is no dropout. Training starts from other weights than
-GPT-2's in three ways:
+its Conv1D matrices are transposed. There is no dropout. The GELU is exact, as in nanoGPT. GPT-2
+approximates it by a tanh, which is slow on a CPU; `approximate="tanh"` in the MLP does the same.
+Training starts from other weights than GPT-2's in three ways:
 - The table of positions begins as sinusoids, not as noise. Attention to "the token one to the
   left" is then easy to express, and each step along a path is such a look.
 - The matrices begin larger in a narrow model. At GPT-2's width they begin as GPT-2's do.
@@ -94,7 +95,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")                # GPT-2's form of the GELU
+        x = F.gelu(self.c_fc(x))
         return self.c_proj(x)
 
 
