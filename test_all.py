@@ -2088,6 +2088,156 @@ def test_the_exercises_quote_their_logs():
         assert f"{end['iter']:,}" in text, log.name
 
 
+# ---- results/explore.html
+
+
+def data_of(page):
+    """The runs that stand in a page."""
+    text = re.search('<script type="application/json" id="data">(.*?)</script>', page).group(1)
+    return json.loads(text)
+
+
+def answers_in(log):
+    """-> [the answers of an evaluation, ...]"""
+    lines = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+    return [[shown["answer"] for shown in line["samples"]] for line in lines]
+
+
+def answers_of(page_run):
+    return [evaluation["answers"] for evaluation in page_run["evaluations"]]
+
+
+def test_the_page_is_that_of_the_logs(monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "results")
+    import explore
+    page = (HERE / "results" / "explore.html").read_text()
+    assert page == explore.page(explore.recorded_logs(), explore.FIRST_SHOWN)
+    assert len(page.encode()) < 700_000
+    assert not re.search("(src|href)=.?(https?:|//)", page)     # nothing from elsewhere
+    run_shown = data_of(page)["runs"]["mamba-teacherless-seed0"]
+    answers = answers_of(run_shown)
+    assert answers == answers_in(LOGS / "mamba-teacherless-seed0.jsonl")
+    assert answers[-1] == [graph["path"] for graph in run_shown["graphs"]]  # so they are its graphs
+    for graph in run_shown["graphs"]:
+        assert graph["path"] in graph["arms"] and len(graph["arms"]) == 2
+
+
+def test_a_page_of_ones_own_runs(finished, tmp_path):
+    """Side by side, one of them reversed and with graphs from a file."""
+    file = tmp_path / "graphs.txt"
+    file.write_text("\n".join(lines_of(SMALL_STAR, *data.draw(SMALL_STAR, 300, rng()))))
+    other = tmp_path / "other"
+    result = run(
+        "train.py", *TINY, "--reverse", "--train_file", file, "--test_file", file,
+        "--out_dir", other
+    )
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    result = run("results/explore.py", folder, other)
+    assert result.returncode == 0, result.stderr
+    shown = data_of((folder / "explore.html").read_text())
+    assert shown["first_shown"] == [str(folder), str(other)]
+    assert answers_of(shown["runs"][str(folder)]) == answers_in(folder / "log.jsonl")
+    reversed_run = shown["runs"][str(other)]
+    assert answers_of(reversed_run) == answers_in(other / "log.jsonl")
+    paths = [list(map(int, line.split("=")[1].split(","))) for line in file.read_text().split()]
+    assert [graph["path"] for graph in reversed_run["graphs"]] == paths[:8]
+    end = json.loads((other / "log.jsonl").read_text().splitlines()[-1])
+    shares = [round(100 * share, 1) for share in end["node_accuracy"]]
+    assert reversed_run["evaluations"][-1]["nodes"] == shares[::-1]
+    result = run("results/explore.py", tmp_path)
+    assert result.returncode == 1 and result.stderr.startswith("explore.py: ")
+
+
+@pytest.fixture
+def browser():
+    """A function that opens the page at a width, and gives a Selenium driver."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or chromedriver is None:
+        pytest.skip("there is no chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking"):
+        options.add_argument(f"--{flag}")
+    driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
+
+    def open_page(width):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        driver.get((HERE / "results" / "explore.html").as_uri())
+        return driver
+
+    yield open_page
+    driver.quit()
+
+
+def shown_in(driver, panel):
+    """-> the step in the panel's text, and the nodes of the answer in its table"""
+    text = driver.find_element("css selector", f"#panel{panel} .share-text").text
+    cells = driver.find_elements("css selector", f"#panel{panel} td.answer")
+    nodes = [int(cell.text.strip("()✓✗ ").rstrip(")")) for cell in cells]
+    return int(re.search("at step ([0-9,]+)", text).group(1).replace(",", "")), nodes
+
+
+def in_log(name, step, graph):
+    lines = [json.loads(line) for line in (LOGS / f"{name}.jsonl").read_text().splitlines()[1:]]
+    last = [line for line in lines if line["iter"] <= step][-1]
+    return last["iter"], last["samples"][graph]["answer"]
+
+
+def press(driver, *keys):
+    from selenium.webdriver import ActionChains
+    ActionChains(driver).send_keys(*keys).perform()
+
+
+@pytest.mark.browser
+def test_the_page_shows_what_the_log_says(browser):
+    """By the slider, by keys and by the menus. No error is on the console."""
+    from selenium.webdriver import Keys
+    from selenium.webdriver.support.ui import Select
+    driver = browser(1100)
+    forced, teacherless = "mamba-teacher_forced-seed0", "mamba-teacherless-seed0"
+    for at in (0, 3, 10):
+        driver.execute_script(
+            "const slider = document.getElementById('slider'); slider.value = arguments[0];"
+            "slider.dispatchEvent(new Event('input'));", at
+        )
+        assert shown_in(driver, 0) == in_log(forced, 100 * at, 0)
+        assert shown_in(driver, 1) == in_log(teacherless, 100 * at, 0)
+    press(driver, Keys.ARROW_LEFT, Keys.ARROW_LEFT, "4")
+    assert shown_in(driver, 0) == in_log(forced, 800, 3)
+    assert shown_in(driver, 1) == in_log(teacherless, 800, 3)
+    press(driver, " ")
+    play = driver.find_element("id", "play")
+    assert "Pause" in play.text
+    deadline = time.time() + 60
+    while "Pause" in play.text and time.time() < deadline:      # until the end of both runs
+        time.sleep(0.1)
+    assert shown_in(driver, 1) == in_log(teacherless, 1000, 3)
+    menu = Select(driver.find_element("css selector", "#panel0 .objective"))
+    menu.select_by_visible_text("reversed")
+    assert shown_in(driver, 0) == in_log("mamba-reverse-seed0", 1000, 3)
+    menu = Select(driver.find_element("css selector", "#panel1 .seed"))
+    menu.select_by_visible_text("seed 1")
+    assert shown_in(driver, 1) == in_log("mamba-teacherless-seed1", 1000, 3)
+    assert driver.get_log("browser") == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [360, 768, 1400])
+def test_the_page_fits(browser, width):
+    """Nothing overflows, whichever run is shown."""
+    driver = browser(width)
+    driver.execute_script("document.querySelectorAll('details').forEach((part) => part.open = true)")
+    for name in data_of(driver.page_source)["runs"]:
+        driver.execute_script("show(0, arguments[0]);", name)
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width, name
+    assert driver.get_log("browser") == []
+
+
 # ---- The long tests: pytest -m slow
 
 
