@@ -37,8 +37,10 @@ of the plateau was stopped before it. Most runs of the Transformer had GPT-2's G
   after the last layer (see below), so no layer may be left for the next: a guess, not tested. With
   four heads and large positions seed 0 needed fewer examples than with the default. Seed 1 was not
   quite solved after more, and with a rate that falls over the last half of 3,000 steps it still
-  guessed the first hop at the end. So the default stayed as it was. Muon and wider heads looked
-  like AdamW and heads of 16 until they were stopped, still on the plateau.
+  guessed the first hop at the end. So the default positions stayed. Muon and wider heads looked
+  like AdamW and heads of 16 until they were stopped, still on the plateau. With 4,000 steps at
+  most, seed 1 had 73 % of the first hops when it was stopped, with 500 steps to go. So the default
+  is 5,000.
 """
 
 SETTINGS = {
