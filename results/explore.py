@@ -56,7 +56,7 @@ def from_start(config, shares):
 def run_for_page(file):
     """What the page shows of a log, or None for a log without the model's answers."""
     header, lines = read_log(file)
-    if "samples" not in lines[0]:
+    if not lines or "samples" not in lines[0]:
         return None
     config = header["config"]
     evaluations = []
@@ -75,6 +75,8 @@ def run_for_page(file):
         "seed": config["seed"],
         "command": f"{command_of_group(header['command'])} --seed {config['seed']}",
         "deg": config["deg"],
+        "num_nodes": config["num_nodes"],
+        "separators": "|=/$",  # the tokens after those of the nodes
         "n_test": config["n_test"],
         "graphs": test_graphs(config, len(lines[0]["samples"])),
         "evaluations": evaluations,
@@ -88,8 +90,9 @@ def page(files, first_shown):
         run = run_for_page(file)
         if run is not None:
             runs[name] = run
-    if not runs:
-        raise ValueError("none of these logs has the model's answers")
+    for name in first_shown:
+        if name not in runs:
+            raise ValueError(f"the log of {name} does not have the model's answers")
     data = json.dumps({"first_shown": first_shown, "runs": runs}, separators=(",", ":"))
     template = (HERE / "explore_template.html").read_text()
     return template.replace(PLACE_OF_RUNS, data.replace("</", "<\\/"))  # no end of the script

@@ -29,9 +29,11 @@ OBJECTIVES = {
     "reverse": ["--reverse"],
     "first_hop": ["--only_first_hop"],
 }
-SEEDS = {  # of (model, whether teacherless)
-    ("gpt", False): 3, ("gpt", True): 3, ("mamba", False): 2, ("mamba", True): 5,
-}
+SEEDS = range(5)
+LONG_RUNS = [("gpt", 2, 13000), ("mamba", 0, 5000)]    # model, seed, steps
+FURTHER_GRAPHS = [                                     # deg, path_len, n_layer, steps at most
+    (3, 5, 6, 3000),
+]
 GRID_SIZES = [(2, 3), (2, 4), (2, 6), (3, 5), (5, 5)]  # (deg, path_len) beside the default (2, 5)
 GRID_STEPS = 3000                                      # for both objectives
 
@@ -41,16 +43,26 @@ def experiments():
     runs = {}
     for model in ("gpt", "mamba"):
         for objective, flags in OBJECTIVES.items():
-            for seed in range(SEEDS[model, objective == "teacherless"]):
+            for seed in SEEDS:
                 name = f"{model}-{objective}-seed{seed}"
                 runs[name] = ["--model", model, *flags, "--seed", str(seed)]
 
     # Teacher-forced with five times the steps that the seed needs teacherless.
-    for model, seed, steps in (("gpt", 2, 13000), ("mamba", 0, 5000)):
+    for model, seed, steps in LONG_RUNS:
         name = f"{model}-teacher_forced-long-seed{seed}"
         runs[name] = ["--model", model, "--seed", str(seed), "--max_iters", str(steps)]
 
-    # The grid: how the failure grows with the graph. The Mamba's runs are in results/earlier.
+    # The Mamba on larger graphs, teacher-forced and teacherless, with one name more than nodes.
+    for deg, path_len, n_layer, steps in FURTHER_GRAPHS:
+        num_nodes = deg * (path_len - 1) + 2
+        size = f"--deg {deg} --path_len {path_len} --num_nodes {num_nodes} --n_layer {n_layer}"
+        for objective, limit in (("teacher_forced", ""), ("teacherless", f"--max_iters {steps}")):
+            name = f"mamba-{objective}-deg{deg}-len{path_len}-seed0"
+            flags = [*OBJECTIVES[objective], *size.split(), *limit.split()]
+            runs[name] = ["--model", "mamba", *flags]
+
+    # The grid: how the failure grows with the graph, for the Transformer. The runs of an earlier
+    # Mamba are in results/earlier.
     for deg, path_len in GRID_SIZES:
         num_nodes = max(10, deg * (path_len - 1) + 2)
         size = f"--deg {deg} --path_len {path_len} --num_nodes {num_nodes}".split()
