@@ -1983,6 +1983,21 @@ def test_the_hops_in_readme_are_those_of_the_logs():
         assert f"{', '.join(first)} and {last} %" in text, name
 
 
+def test_readme_tells_of_the_seeds_that_failed():
+    """Each Transformer that did not solve the task, and each first hop below a guess."""
+    text = " ".join(README.split())
+
+    def ends(objective):
+        logs = sorted(LOGS.glob(f"gpt-{objective}-seed*.jsonl"))
+        return [json.loads(log.read_text().splitlines()[-1])["accuracy"] for log in logs]
+
+    failed = [share for share in ends("teacherless") if share < train.SOLVED]
+    assert len(failed) == 2 and "three of five Transformers. The other two end with 96 %" in text
+    assert all(f"{share:.0%}" == "96%" for share in failed)
+    low = sorted(f"{100 * share:.0f}" for share in ends("first_hop") if share < 0.45)
+    assert f"with {' and '.join(low)} %. So they do not" in text
+
+
 def test_the_table_counts_right(tmp_path):
     """Means, ranges, the count solved and the steps of the cascade, of two small logs."""
     logs = tmp_path / "results" / "logs"
@@ -2131,7 +2146,7 @@ def test_cures_fit_and_train(patch, model, monkeypatch, tmp_path, capsys):
 
 
 def cure(name, folder):
-    """-> the module of a cure, its model, a batch (idx, targets), and the states and logits on it"""
+    """-> the model of a cure, a batch (idx, targets), and the states and logits on it"""
     module = patched_train(CURES / f"{name}.patch", folder)
     torch.manual_seed(0)
     whole = module.build_model(argparse.Namespace(model="gpt", **SMALL), SMALL_STAR).double()
@@ -2156,7 +2171,7 @@ def losses_ahead(logits, targets, k):
 
 
 def path_positions(targets):
-    """Where the model has to write: (sequence, position, the tokens from the next one to the goal)"""
+    """Where the model has to write: (sequence, position, all tokens from the next to the goal)"""
     for b, t in np.ndindex(*targets.shape):
         if targets[b, t] >= 0:
             yield b, t, targets[b, t:].tolist()
@@ -2265,7 +2280,7 @@ def test_the_page_is_that_of_the_logs(monkeypatch):
     monkeypatch.syspath_prepend(HERE / "results")
     import explore
     page = (HERE / "results" / "explore.html").read_text()
-    assert page == explore.page(explore.recorded_logs(), explore.FIRST_SHOWN)
+    assert page == explore.page(explore.recorded_logs(), explore.FIRST_SHOWN, HERE / "results")
     assert len(page.encode()) < 700_000
     assert not re.search("(src|href)=.?(https?:|//)", page)     # nothing from elsewhere
     run_shown = data_of(page)["runs"]["mamba-teacherless-seed0"]
@@ -2290,7 +2305,10 @@ def test_a_page_of_ones_own_runs(finished, tmp_path):
     shutil.copytree(finished, folder)
     result = run("results/explore.py", folder, other)
     assert result.returncode == 0, result.stderr
-    shown = data_of((folder / "explore.html").read_text())
+    page = (folder / "explore.html").read_text()
+    shown = data_of(page)
+    readme = re.search('href="(.*README.md)#', page).group(1)
+    assert (folder / readme).resolve() == HERE / "README.md"
     assert shown["first_shown"] == [str(folder), str(other)]
     assert answers_of(shown["runs"][str(folder)]) == answers_in(folder / "log.jsonl")
     reversed_run = shown["runs"][str(other)]
@@ -2303,7 +2321,7 @@ def test_a_page_of_ones_own_runs(finished, tmp_path):
     result = run("results/explore.py", tmp_path)
     assert result.returncode == 1 and result.stderr.startswith("explore.py: ")
     log = (folder / "log.jsonl").read_text().splitlines()
-    (folder / "log.jsonl").write_text(log[0])                   # it ended before the first evaluation
+    (folder / "log.jsonl").write_text(log[0])                   # stopped before an evaluation
     result = run("results/explore.py", folder)
     assert result.returncode == 1 and "does not have the model's answers" in result.stderr
 
@@ -2392,7 +2410,7 @@ def test_the_page_shows_what_the_log_says(browser):
 def test_the_page_fits(browser, width):
     """Nothing overflows, whichever run is shown."""
     driver = browser(width)
-    driver.execute_script("document.querySelectorAll('details').forEach((part) => part.open = true)")
+    driver.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")
     for name in data_of(driver.page_source)["runs"]:
         driver.execute_script("show(0, arguments[0]);", name)
         assert driver.execute_script("return document.documentElement.scrollWidth") <= width, name

@@ -6,6 +6,7 @@
 The page is explore_template.html with the runs in it, as JSON. It needs no network.
 """
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,21 +16,19 @@ from data import datasets, edges_of, find_arms  # noqa: E402
 from reproduce import read_log  # noqa: E402
 from table import command_of_group  # noqa: E402
 
-PLACE_OF_RUNS = "/* the runs */"  # in the template
 FIRST_SHOWN = ["mamba-teacher_forced-seed0", "mamba-teacherless-seed0"]
 
 
 def objective_of(config):
     if config["only_first_hop"]:
         return "first hop only"
-    name = "reversed" if config["reverse"] else "teacher-forced"
     if config["teacherless"]:
-        name = "teacherless, reversed" if config["reverse"] else "teacherless"
-    return name
+        return "teacherless, reversed" if config["reverse"] else "teacherless"
+    return "reversed" if config["reverse"] else "teacher-forced"
 
 
 def test_graphs(config, n):
-    """The first n test graphs of a run -> [{"arms": the lists of their nodes, "path": the right one}]
+    """The first n test graphs of a run -> [{"arms": lists of nodes, "path": the right one of them}]
 
     Every arm starts with the start of the graph.
     """
@@ -76,15 +75,17 @@ def run_for_page(file):
         "command": f"{command_of_group(header['command'])} --seed {config['seed']}",
         "deg": config["deg"],
         "num_nodes": config["num_nodes"],
-        "separators": "|=/$",  # the tokens after those of the nodes
         "n_test": config["n_test"],
         "graphs": test_graphs(config, len(lines[0]["samples"])),
         "evaluations": evaluations,
     }
 
 
-def page(files, first_shown):
-    """The page for these logs, {name: file}, as text. first_shown: the names of two of them."""
+def page(files, first_shown, folder):
+    """The page for these logs, {name: file}, as text, to lie in a folder.
+
+    first_shown has the names of two of them. Raises ValueError if one has no answers in its log.
+    """
     runs = {}
     for name, file in files.items():
         run = run_for_page(file)
@@ -94,8 +95,9 @@ def page(files, first_shown):
         if name not in runs:
             raise ValueError(f"the log of {name} does not have the model's answers")
     data = json.dumps({"first_shown": first_shown, "runs": runs}, separators=(",", ":"))
-    template = (HERE / "explore_template.html").read_text()
-    return template.replace(PLACE_OF_RUNS, data.replace("</", "<\\/"))  # no end of the script
+    text = (HERE / "explore_template.html").read_text()
+    text = text.replace("PATH_OF_README", os.path.relpath(HERE.parent / "README.md", folder))
+    return text.replace("/* the runs */", data.replace("</", "<\\/"))  # no end of the script
 
 
 def recorded_logs():
@@ -114,7 +116,7 @@ def main():
         first_shown = FIRST_SHOWN
         out = HERE / "explore.html"
     try:
-        text = page(files, first_shown)
+        text = page(files, first_shown, out.parent)
     except (OSError, ValueError) as error:
         sys.exit(f"explore.py: {error}")
     out.write_text(text)
