@@ -2329,7 +2329,7 @@ def test_a_page_of_ones_own_runs(finished, tmp_path):
 
 @pytest.fixture
 def browser():
-    """A function that opens the page at a width, and gives a Selenium driver."""
+    """A function that opens a page at a width, and gives a Selenium driver."""
     webdriver = pytest.importorskip("selenium.webdriver")
     chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or chromedriver is None:
@@ -2341,10 +2341,10 @@ def browser():
         options.add_argument(f"--{flag}")
     driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
 
-    def open_page(width):
+    def open_page(width, page=HERE / "results" / "explore.html"):
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        driver.get((HERE / "results" / "explore.html").as_uri())
+        driver.get(page.as_uri())
         return driver
 
     yield open_page
@@ -2415,6 +2415,21 @@ def test_the_page_fits(browser, width):
     for name in data_of(driver.page_source)["runs"]:
         driver.execute_script("show(0, arguments[0]);", name)
         assert driver.execute_script("return document.documentElement.scrollWidth") <= width, name
+    assert driver.get_log("browser") == []
+
+
+@pytest.mark.browser
+def test_a_long_path_can_be_read_on_a_phone(browser, tmp_path):
+    """Graph and table are wider than the page then. They scroll, and the page does not."""
+    size = ("--deg", 2, "--path_len", 12, "--num_nodes", 24)
+    assert run("train.py", *TINY, *size, "--out_dir", tmp_path).returncode == 0
+    assert run("results/explore.py", tmp_path).returncode == 0
+    driver = browser(360, tmp_path / "explore.html")
+    driver.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 360
+    for part in ("graph svg", "table table"):
+        width = f"return document.querySelector('#panel0 .{part}').clientWidth"
+        assert driver.execute_script(width) > 600, part
     assert driver.get_log("browser") == []
 
 

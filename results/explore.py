@@ -75,6 +75,7 @@ def run_for_page(file):
         "command": f"{command_of_group(header['command'])} --seed {config['seed']}",
         "deg": config["deg"],
         "num_nodes": config["num_nodes"],
+        "n_layer": config["n_layer"],
         "n_test": config["n_test"],
         "graphs": test_graphs(config, len(lines[0]["samples"])),
         "evaluations": evaluations,
