@@ -51,7 +51,7 @@ DEFAULTS = {
     },
 }
 MAX_ITERS = {
-    "gpt": {"teacherless": 5000, "others": 1000},
+    "gpt": {"teacherless": 6000, "others": 1000},
     "mamba": {"teacherless": 2000, "others": 1000},
 }
 

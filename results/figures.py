@@ -11,9 +11,10 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from cures import examples_until_solved, logs_of  # noqa: E402
 from data import PathStar, draw, edges_of, find_arms  # noqa: E402
-from reproduce import GRID_STEPS, read_log  # noqa: E402
-from train import STOP_AT  # noqa: E402
+from reproduce import CURED, CURES, GRID_STEPS, read_log  # noqa: E402
+from train import SOLVED, STOP_AT  # noqa: E402
 
 BLUE = "#0072B2"        # these colours differ for the colour-blind, too
 ORANGE = "#E69F00"
@@ -21,6 +22,9 @@ GREEN = "#009E73"
 RED = "#D55E00"
 GREY = "#777777"
 MODELS = {"gpt": "Transformer", "mamba": "Mamba"}
+DEFAULT_TASK = {"deg": 2, "path_len": 5, "n_layer": 6}
+HOP_COLORS = (RED, ORANGE, GREEN, BLUE)
+HOP_STYLES = ("-", "--", "-.", ":")
 SETTINGS = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -77,7 +81,7 @@ def draw_accuracy():
         ("reversed", {"teacherless": False, "reverse": True}, GREEN, "--"),
     )
     for model, ax in panels.items():
-        task = {"model": model, "deg": 2, "path_len": 5, "only_first_hop": False}
+        task = DEFAULT_TASK | {"model": model, "only_first_hop": False}
         for label, flags, color, style in objectives:
             for _, log in records(**task, **flags):
                 ax.plot(log["examples"], log["accuracy"], style, color=color, alpha=0.8,
@@ -109,7 +113,7 @@ def draw_nodes(name, key, title, ylabel, **flags):
         (4, "goal", BLUE, ":"),
     )
     for model, ax in panels.items():
-        runs = records(model=model, deg=2, path_len=5, only_first_hop=False, **flags)
+        runs = records(model=model, only_first_hop=False, **DEFAULT_TASK, **flags)
         if flags["teacherless"]:
             runs = [(config, log) for config, log in runs if log["accuracy"][-1] >= STOP_AT]
         _, log = min(runs, key=lambda run: run[0]["seed"])
@@ -120,6 +124,80 @@ def draw_nodes(name, key, title, ylabel, **flags):
     panels["gpt"].set_ylabel(ylabel)
     panels["mamba"].legend(loc="lower right", fontsize=8, labelspacing=0.3)
     save(figure, name)
+
+
+def draw_depth_panels(ax, hops_ax, runs, limit):
+    """Left, how long each run took until it was solved. Right, the hops that are right at its end.
+
+    limit is where a run that was not solved is drawn.
+    """
+    by_depth = {}
+    for config, log in runs:
+        by_depth.setdefault(config["n_layer"], []).append(log)
+    by_depth = dict(sorted(by_depth.items()))
+    places = range(len(by_depth))
+    for place, logs in zip(places, by_depth.values()):
+        for log in logs:
+            right_enough = [share >= SOLVED for share in log["accuracy"]]
+            if any(right_enough):
+                examples = log["examples"][right_enough.index(True)]
+                ax.plot(place, examples, "o", color=BLUE, mfc="none", markersize=6)
+            else:
+                ax.plot(place, limit, "x", color=RED, markersize=6)
+    n_hops = len(runs[0][1]["node_accuracy"][0]) - 2
+    for hop, color, style in zip(range(1, n_hops + 1), HOP_COLORS, HOP_STYLES):
+        means = []
+        for logs in by_depth.values():
+            means.append(np.mean([log["node_accuracy"][-1][hop] for log in logs]))
+        hops_ax.plot(places, means, style, color=color, marker="o", markersize=4,
+                     label=f"hop {hop}")
+    ax.set(ylim=(0, 1.07 * limit), ylabel="training examples until\nsolved (x: not solved)")
+    ax.yaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
+    hops_ax.axhline(0.5, color=GREY, lw=0.8, ls=":")
+    hops_ax.set_ylabel("right at the end")
+    percent_axis(hops_ax)
+    for panel in (ax, hops_ax):
+        panel.set_xticks(places, by_depth)
+        panel.set_xlabel("layers")
+
+
+def draw_depth():
+    """Teacherless runs of models of several depths, a row for each model and length of the path."""
+    tasks = (("Mamba, five nodes", {"model": "mamba", "path_len": 5}),)
+    figure, axes = plt.subplots(
+        len(tasks), 2, figsize=(7.2, 2.4 * len(tasks)), layout="constrained", squeeze=False
+    )
+    for (title, task), (ax, hops_ax) in zip(tasks, axes):
+        runs = records(deg=2, teacherless=True, **task)
+        limit = max(log["examples"][-1] for _, log in runs)
+        draw_depth_panels(ax, hops_ax, runs, limit)
+        ax.set_title(title)
+    axes[0, 1].legend(loc="lower right", fontsize=8, labelspacing=0.3)
+    save(figure, "depth")
+
+
+def draw_cures():
+    """How many examples each objective needs until the default graph is solved."""
+    models = [model for deg, path_len, _, model, *_ in CURED if (deg, path_len) == (2, 5)]
+    figure, axes = plt.subplots(
+        1, len(models), figsize=(3.6 * len(models), 2.6), sharey=True, layout="constrained",
+        squeeze=False
+    )
+    for model, ax in zip(models, axes[0]):
+        for row, objective in enumerate(CURES):
+            for run in logs_of(model, objective, 2, 5):
+                examples = examples_until_solved(run)
+                if examples is not None:
+                    ax.plot(examples, row, "o", color=BLUE, mfc="none", markersize=6)
+                else:
+                    ax.plot(run.end["examples"] / 1000, row, "x", color=RED, markersize=6)
+        ax.set(title=f"{MODELS[model]} (x: not solved)", xlabel="thousand examples until solved")
+        ax.set_xlim(left=0)
+        ax.grid(axis="y", color=GREY, alpha=0.3)
+    names = [objective.replace("_", " ") for objective in CURES]
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].invert_yaxis()
+    save(figure, "cures")
 
 
 def ends_by_size(size, **settings):
@@ -254,6 +332,8 @@ def main():
         "cascade", "node_accuracy", "teacherless", "right, from the prefix alone",
         teacherless=True, reverse=False
     )
+    draw_depth()
+    draw_cures()
     draw_grid()
     draw_task()
 

@@ -5,14 +5,16 @@
     python results/reproduce.py --list                    names, commands and recorded minutes
     python results/reproduce.py --record ...              keeps the logs as results/logs/NAME.jsonl
 
-The runs go to out/reproduce/NAME. The same command goes on where it was interrupted. Of each line
-of the log, all figures are compared but the time, and those that only one of both logs has.
+The runs go to out/reproduce/NAME. Those of a cure (results/cures) are made in a copy of the code
+with the cure's patch, in out/patched. The same command goes on where it was interrupted. Of each
+line of the log, all figures are compared but the time, and those that only one of both logs has.
 
 Another machine, number of threads or version of PyTorch rounds differently. A run that waits on a
 plateau then leaves it at another step.
 """
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,11 +33,26 @@ OBJECTIVES = {
 }
 SEEDS = range(5)
 LONG_RUNS = [("gpt", 2, 13000), ("mamba", 0, 5000)]    # model, seed, steps
-FURTHER_GRAPHS = [                                     # deg, path_len, n_layer, steps at most
-    (3, 5, 6, 3000),
+FURTHER_GRAPHS = [      # deg, path_len, n_layer, max_iters teacher-forced and teacherless
+    (3, 5, 6, None, 3000),
+]
+DEPTHS = [                          # model, path_len, what else goes with it, layers, seeds
+    ("mamba", 5, "", (2, 3, 4), range(1)),
 ]
 GRID_SIZES = [(2, 3), (2, 4), (2, 6), (3, 5), (5, 5)]  # (deg, path_len) beside the default (2, 5)
 GRID_STEPS = 3000                                      # for both objectives
+CURES = {                                              # the flags of train.py, and the patch
+    "next_token": ([], None),
+    "teacherless": (["--teacherless"], None),
+    "half_and_half": (["--teacherless"], "half_and_half"),
+    "look_ahead": ([], "look_ahead"),
+    "token_order": ([], "token_order"),
+    "bag_of_words": ([], "bag_of_words"),
+    "next_latent": ([], "next_latent"),
+}
+CURED = [                           # deg, path_len, num_nodes, model, steps at most, seeds
+    (2, 5, 10, "mamba", 2000, range(1)),
+]
 
 
 def experiments():
@@ -52,14 +69,25 @@ def experiments():
         name = f"{model}-teacher_forced-long-seed{seed}"
         runs[name] = ["--model", model, "--seed", str(seed), "--max_iters", str(steps)]
 
-    # The Mamba on larger graphs, teacher-forced and teacherless, with one name more than nodes.
-    for deg, path_len, n_layer, steps in FURTHER_GRAPHS:
-        num_nodes = deg * (path_len - 1) + 2
+    # The Mamba on other graphs, with ten names or, on larger ones, one more than there are nodes.
+    for deg, path_len, n_layer, *limits in FURTHER_GRAPHS:
+        num_nodes = max(10, deg * (path_len - 1) + 2)
         size = f"--deg {deg} --path_len {path_len} --num_nodes {num_nodes} --n_layer {n_layer}"
-        for objective, limit in (("teacher_forced", ""), ("teacherless", f"--max_iters {steps}")):
+        for objective, max_iters in zip(("teacher_forced", "teacherless"), limits):
             name = f"mamba-{objective}-deg{deg}-len{path_len}-seed0"
-            flags = [*OBJECTIVES[objective], *size.split(), *limit.split()]
-            runs[name] = ["--model", "mamba", *flags]
+            flags = ["--model", "mamba", *OBJECTIVES[objective], *size.split()]
+            if max_iters is not None:
+                flags += ["--max_iters", str(max_iters)]
+            runs[name] = flags
+
+    # Teacherless models of several depths. The default depth is among the runs above.
+    for model, path_len, others, depths, seeds in DEPTHS:
+        for n_layer in depths:
+            for seed in seeds:
+                name = f"{model}-teacherless-len{path_len}-layers{n_layer}-seed{seed}"
+                size = f"--path_len {path_len} --n_layer {n_layer} {others}"
+                flags = ["--model", model, "--teacherless", *size.split()]
+                runs[name] = [*flags, "--seed", str(seed)]
 
     # The grid: how the failure grows with the graph, for the Transformer. The runs of an earlier
     # Mamba are in results/earlier.
@@ -73,10 +101,40 @@ def experiments():
     return runs
 
 
-def command(folder, flags):
+def cures():
+    """-> {name: (flags of train.py, patch or None)}"""
+    runs = {}
+    for deg, path_len, num_nodes, model, steps, seeds in CURED:
+        size = f"--deg {deg} --path_len {path_len} --num_nodes {num_nodes} --max_iters {steps}"
+        for objective, (flags, patch) in CURES.items():
+            if objective == "teacherless" and (deg, path_len) == (2, 5):
+                continue                    # the default runs
+            for seed in seeds:
+                name = f"cures/{model}-{objective}-deg{deg}-len{path_len}-seed{seed}"
+                flags_of_run = ["--model", model, *flags, *size.split(), "--seed", str(seed)]
+                runs[name] = (flags_of_run, patch)
+    return runs
+
+
+def code_for(patch):
+    """The folder with the train.py of a run: the project, or a copy of it with the patch."""
+    if patch is None:
+        return PROJECT
+    copy = PROJECT / "out" / "patched" / patch
+    copy.mkdir(parents=True, exist_ok=True)
+    for file in PROJECT.glob("*.py"):
+        shutil.copy(file, copy)
+    # Else git finds the project around the copy, where the patch has nothing to do.
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent)}
+    apply = ["git", "apply", str(HERE / "cures" / f"{patch}.patch")]
+    subprocess.run(apply, check=True, cwd=copy, env=env)
+    return copy
+
+
+def command(code, folder, flags):
     """The command that starts the run in this folder, or goes on with it from its checkpoint."""
     python = [sys.executable, "train.py"]
-    if (PROJECT / folder / "ckpt.pt").exists():
+    if (code / folder / "ckpt.pt").exists():
         return [*python, "--resume", str(folder)]
     return [*python, "--out_dir", str(folder), *flags]
 
@@ -134,6 +192,8 @@ def compare(name, log, record):
 
 
 def record_of(name):
+    if name.startswith("cures/"):
+        return HERE / f"{name}.jsonl"
     return HERE / "logs" / f"{name}.jsonl"
 
 
@@ -143,7 +203,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="print names and commands only")
     parser.add_argument("--record", action="store_true", help="keep the logs in results/logs")
     args = parser.parse_args()
-    runs = experiments()
+    runs = {name: (flags, None) for name, flags in experiments().items()} | cures()
     for name in args.names:
         if name not in runs:
             parser.error(f"there is no experiment {name}: --list names them")
@@ -153,17 +213,20 @@ def main():
         for name in names:
             took = minutes(record_of(name))
             shown = f"   {took:.1f} min" if took > 0 else ""
-            print(f"{name:44} python train.py {' '.join(runs[name])}{shown}")
+            flags, _ = runs[name]
+            print(f"{name:44} python train.py {' '.join(flags)}{shown}")
         return
 
     for i, name in enumerate(names):
+        flags, patch = runs[name]
+        code = code_for(patch)
         folder = Path("out") / "reproduce" / name
-        log = PROJECT / folder / "log.jsonl"
+        log = code / folder / "log.jsonl"
         if not is_finished(log):
             left = sum(minutes(record_of(other)) for other in names[i:])
             print(f"{name}, {i + 1} of {len(names)}; the records took {left:.0f} minutes from here")
             sys.stdout.flush()
-            subprocess.run(command(folder, runs[name]), check=True, cwd=PROJECT)
+            subprocess.run(command(code, folder, flags), check=True, cwd=code)
         compare(name, log, record_of(name))
         if args.record:
             record_of(name).parent.mkdir(exist_ok=True)

@@ -143,8 +143,9 @@ def print_table(columns, rows):
 
 
 def group_order(command):
-    """Sorts the default graph before other graphs, and the Transformer before the Mamba."""
-    return "--deg" in command or "--path_len" in command, "mamba" in command, command
+    """Sorts the default graph and depth before others, and the Transformer before the Mamba."""
+    other = any(flag in command for flag in ("--deg", "--path_len", "--n_layer"))
+    return other, "mamba" in command, command
 
 
 def main():
