@@ -1981,20 +1981,39 @@ def test_other_pages_are_what_their_scripts_print(page, command):
 
 
 def test_the_hops_in_readme_are_those_of_the_logs():
-    """Section 5 quotes the node accuracies at the end of four runs."""
+    """Section 5 quotes the node accuracies at the end of five runs."""
     text = " ".join(README.split())
     for name, hops in (
-        ("mamba-teacherless-deg2-len6", slice(1, -1)),
-        ("mamba-teacherless-deg5-len5", slice(1, -1)),
-        ("gpt-teacherless-deg2-len6", slice(1, 4)),             # those that it guesses
-        ("mamba-teacherless-deg3-len5", slice(1, 4)),
+        ("earlier/mamba-teacherless-deg2-len6", slice(1, -1)),
+        ("earlier/mamba-teacherless-deg5-len5", slice(1, -1)),
+        ("logs/gpt-teacherless-deg2-len6", slice(1, 4)),        # those that it guesses
+        ("logs/mamba-teacherless-deg3-len5", slice(1, 4)),
+        ("logs/mamba-teacherless-deg2-len6", slice(1, -1)),
     ):
-        log = LOGS / f"{name}-seed0.jsonl"
-        if not log.exists():
-            log = HERE / "results" / "earlier" / f"{name}-seed0.jsonl"
+        log = HERE / "results" / f"{name}-seed0.jsonl"
         end = json.loads(log.read_text().splitlines()[-1])
         *first, last = [f"{100 * share:.0f}" for share in end["node_accuracy"][hops]]
         assert f"{', '.join(first)} and {last} %" in text, name
+
+
+def test_readme_tells_of_the_depths():
+    """How many seeds of each depth were solved, and after how many steps at most."""
+    text = " ".join(README.split())
+    steps, first_hops = {}, {}
+    for n_layer in (2, 3, 4, 6, 8):
+        logs = LOGS.glob(f"mamba-teacherless-len5-layers{n_layer}-seed*.jsonl")
+        if n_layer == 6:
+            logs = LOGS.glob("mamba-teacherless-seed*.jsonl")
+        ends = [json.loads(log.read_text().splitlines()[-1]) for log in logs]
+        steps[n_layer] = [end["iter"] for end in ends if end["accuracy"] >= train.SOLVED]
+        first_hops[n_layer] = [end["node_accuracy"][1] for end in ends]
+    counts = [(len(steps[n_layer]), len(first_hops[n_layer])) for n_layer in steps]
+    assert counts == [(0, 3), (2, 3), (2, 3), (5, 5), (1, 1)]
+    low, high = min(first_hops[2]), max(first_hops[2])
+    assert f"it is right in {100 * low:.0f} to {high:.0%}." in text.replace(" %", "%")
+    three, four, six = (f"{max(steps[n_layer]):,}" for n_layer in (3, 4, 6))
+    assert f"three layers took up to {three} steps, those of four up to {four}" in text
+    assert f"and those of six up to {six}.)" in text
 
 
 def test_readme_tells_of_the_seeds_that_failed():
@@ -2439,7 +2458,7 @@ def test_the_page_shows_what_the_log_says(browser):
     menu.select_by_visible_text("reversed")
     assert shown_in(driver, 0) == in_log("mamba-reverse-seed0", 1000, 3)
     menu = Select(driver.find_element("css selector", "#panel1 .seed"))
-    menu.select_by_visible_text("seed 1")
+    menu.select_by_value("mamba-teacherless-seed1")
     assert shown_in(driver, 1) == in_log("mamba-teacherless-seed1", 1000, 3)
     assert driver.get_log("browser") == []
 

@@ -34,10 +34,12 @@ OBJECTIVES = {
 SEEDS = range(5)
 LONG_RUNS = [("gpt", 2, 13000), ("mamba", 0, 5000)]    # model, seed, steps
 FURTHER_GRAPHS = [      # deg, path_len, n_layer, max_iters teacher-forced and teacherless
+    (2, 6, 8, None, 4000),
     (3, 5, 6, None, 3000),
 ]
 DEPTHS = [                          # model, path_len, what else goes with it, layers, seeds
-    ("mamba", 5, "", (2, 3, 4), range(1)),
+    ("mamba", 5, "", (2, 3, 4), range(3)),
+    ("mamba", 5, "", (8,), range(1)),
 ]
 GRID_SIZES = [(2, 3), (2, 4), (2, 6), (3, 5), (5, 5)]  # (deg, path_len) beside the default (2, 5)
 GRID_STEPS = 3000                                      # for both objectives
