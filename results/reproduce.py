@@ -3,7 +3,7 @@
     python results/reproduce.py                           all, one after the other
     python results/reproduce.py mamba-teacherless-seed0   one of them
     python results/reproduce.py --list                    names, commands and recorded minutes
-    python results/reproduce.py --record ...              keeps the logs as results/logs/NAME.jsonl
+    python results/reproduce.py --record ...              keeps the logs as the new record
 
 The runs go to out/reproduce/NAME. Those of a cure (results/cures) are made in a copy of the code
 with the cure's patch, in out/patched. The same command goes on where it was interrupted. Of each
@@ -203,7 +203,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="which experiments; all by default")
     parser.add_argument("--list", action="store_true", help="print names and commands only")
-    parser.add_argument("--record", action="store_true", help="keep the logs in results/logs")
+    parser.add_argument("--record", action="store_true", help="keep the logs as the new record")
     args = parser.parse_args()
     runs = {name: (flags, None) for name, flags in experiments().items()} | cures()
     for name in args.names:
