@@ -95,7 +95,7 @@ def examples_until_solved(run):
 def measure():
     """Trains each objective for a few steps, several times, and writes what a step takes."""
     seconds = {}
-    for turn in range(ROUNDS):
+    for _ in range(ROUNDS):
         for model in ("gpt", "mamba"):
             for objective, (flags, patch) in CURES.items():
                 code = code_for(patch)

@@ -23,8 +23,6 @@ RED = "#D55E00"
 GREY = "#777777"
 MODELS = {"gpt": "Transformer", "mamba": "Mamba"}
 DEFAULT_TASK = {"deg": 2, "path_len": 5, "n_layer": 6}
-HOP_COLORS = (RED, ORANGE, GREEN, BLUE)
-HOP_STYLES = ("-", "--", "-.", ":")
 SETTINGS = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -126,53 +124,38 @@ def draw_nodes(name, key, title, ylabel, **flags):
     save(figure, name)
 
 
-def draw_depth_panels(ax, hops_ax, runs, limit):
-    """Left, how long each run took until it was solved. Right, the hops that are right at its end.
+def draw_depth():
+    """Teacherless Mambas of several depths, on the default graph.
 
-    limit is where a run that was not solved is drawn.
+    Left, the examples that each run took. Right, the hops that are right at its end.
     """
     by_depth = {}
-    for config, log in runs:
+    for config, log in records(model="mamba", deg=2, path_len=5, teacherless=True):
         by_depth.setdefault(config["n_layer"], []).append(log)
     by_depth = dict(sorted(by_depth.items()))
     places = range(len(by_depth))
+
+    figure, (ax, hops_ax) = plt.subplots(1, 2, figsize=(7.2, 2.4), layout="constrained")
     for place, logs in zip(places, by_depth.values()):
         for log in logs:
-            right_enough = [share >= SOLVED for share in log["accuracy"]]
-            if any(right_enough):
-                examples = log["examples"][right_enough.index(True)]
-                ax.plot(place, examples, "o", color=BLUE, mfc="none", markersize=6)
-            else:
-                ax.plot(place, limit, "x", color=RED, markersize=6)
-    n_hops = len(runs[0][1]["node_accuracy"][0]) - 2
-    for hop, color, style in zip(range(1, n_hops + 1), HOP_COLORS, HOP_STYLES):
+            color, marker = (BLUE, "o") if log["accuracy"][-1] >= SOLVED else (RED, "x")
+            ax.plot(place, log["examples"][-1], marker, color=color, mfc="none", markersize=6)
+    for hop, color, style in ((1, RED, "-"), (2, ORANGE, "--"), (3, GREEN, "-.")):
         means = []
         for logs in by_depth.values():
             means.append(np.mean([log["node_accuracy"][-1][hop] for log in logs]))
         hops_ax.plot(places, means, style, color=color, marker="o", markersize=4,
                      label=f"hop {hop}")
-    ax.set(ylim=(0, 1.07 * limit), ylabel="training examples until\nsolved (x: not solved)")
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("training examples until\nsolved (x: not solved)")
     ax.yaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
     hops_ax.axhline(0.5, color=GREY, lw=0.8, ls=":")
     hops_ax.set_ylabel("right at the end")
+    hops_ax.legend(loc="lower right", fontsize=8, labelspacing=0.3)
     percent_axis(hops_ax)
     for panel in (ax, hops_ax):
         panel.set_xticks(places, by_depth)
         panel.set_xlabel("layers")
-
-
-def draw_depth():
-    """Teacherless runs of models of several depths, a row for each model and length of the path."""
-    tasks = (("Mamba, five nodes", {"model": "mamba", "path_len": 5}),)
-    figure, axes = plt.subplots(
-        len(tasks), 2, figsize=(7.2, 2.4 * len(tasks)), layout="constrained", squeeze=False
-    )
-    for (title, task), (ax, hops_ax) in zip(tasks, axes):
-        runs = records(deg=2, teacherless=True, **task)
-        limit = max(log["examples"][-1] for _, log in runs)
-        draw_depth_panels(ax, hops_ax, runs, limit)
-        ax.set_title(title)
-    axes[0, 1].legend(loc="lower right", fontsize=8, labelspacing=0.3)
     save(figure, "depth")
 
 
