@@ -11,9 +11,9 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from cures import examples_until_solved, logs_of  # noqa: E402
+from cures import cells, examples_until_solved, logs_of  # noqa: E402
 from data import PathStar, draw, edges_of, find_arms  # noqa: E402
-from reproduce import CURED, CURES, GRID_STEPS, read_log  # noqa: E402
+from reproduce import CURES, GRID_STEPS, read_log  # noqa: E402
 from train import SOLVED, STOP_AT  # noqa: E402
 
 BLUE = "#0072B2"        # these colours differ for the colour-blind, too
@@ -125,58 +125,61 @@ def draw_nodes(name, key, title, ylabel, **flags):
 
 
 def draw_depth():
-    """Teacherless Mambas of several depths, on the default graph.
+    """Teacherless models of several depths, on the default graph.
 
     Left, the examples that each run took. Right, the hops that are right at its end.
     """
-    by_depth = {}
-    for config, log in records(model="mamba", deg=2, path_len=5, teacherless=True):
-        by_depth.setdefault(config["n_layer"], []).append(log)
-    by_depth = dict(sorted(by_depth.items()))
-    places = range(len(by_depth))
-
-    figure, (ax, hops_ax) = plt.subplots(1, 2, figsize=(7.2, 2.4), layout="constrained")
-    for place, logs in zip(places, by_depth.values()):
-        for log in logs:
-            color, marker = (BLUE, "o") if log["accuracy"][-1] >= SOLVED else (RED, "x")
-            ax.plot(place, log["examples"][-1], marker, color=color, mfc="none", markersize=6)
-    for hop, color, style in ((1, RED, "-"), (2, ORANGE, "--"), (3, GREEN, "-.")):
-        means = []
-        for logs in by_depth.values():
-            means.append(np.mean([log["node_accuracy"][-1][hop] for log in logs]))
-        hops_ax.plot(places, means, style, color=color, marker="o", markersize=4,
-                     label=f"hop {hop}")
-    ax.set_ylim(bottom=0)
-    ax.set_ylabel("training examples until\nsolved (x: not solved)")
-    ax.yaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
-    hops_ax.axhline(0.5, color=GREY, lw=0.8, ls=":")
-    hops_ax.set_ylabel("right at the end")
-    hops_ax.legend(loc="lower right", fontsize=8, labelspacing=0.3)
-    percent_axis(hops_ax)
-    for panel in (ax, hops_ax):
-        panel.set_xticks(places, by_depth)
-        panel.set_xlabel("layers")
+    figure, axes = plt.subplots(2, 2, figsize=(7.2, 4.6), layout="constrained")
+    for model, (ax, hops_ax) in zip(MODELS, axes):
+        by_depth = {}
+        for config, log in records(model=model, deg=2, path_len=5, teacherless=True):
+            by_depth.setdefault(config["n_layer"], []).append(log)
+        by_depth = dict(sorted(by_depth.items()))
+        places = range(len(by_depth))
+        for place, logs in zip(places, by_depth.values()):
+            for log in logs:
+                color, marker = (BLUE, "o") if log["accuracy"][-1] >= SOLVED else (RED, "x")
+                ax.plot(place, log["examples"][-1], marker, color=color, mfc="none", markersize=6)
+        for hop, color, style in ((1, RED, "-"), (2, ORANGE, "--"), (3, GREEN, "-.")):
+            means = []
+            for logs in by_depth.values():
+                means.append(np.mean([log["node_accuracy"][-1][hop] for log in logs]))
+            hops_ax.plot(places, means, style, color=color, marker="o", markersize=4,
+                         label=f"hop {hop}")
+        ax.set_ylim(0, 1.08 * ax.dataLim.y1)
+        ax.set_ylabel("training examples until\nsolved (x: not solved)")
+        ax.yaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
+        hops_ax.axhline(0.5, color=GREY, lw=0.8, ls=":")
+        hops_ax.set_ylabel("right at the end")
+        percent_axis(hops_ax)
+        for panel in (ax, hops_ax):
+            panel.set_title(MODELS[model])
+            panel.set_xticks(places, by_depth)
+            panel.set_xlabel("layers")
+    axes[1, 1].legend(loc="lower right", fontsize=8, labelspacing=0.3)
     save(figure, "depth")
 
 
 def draw_cures():
-    """How many examples each objective needs until the default graph is solved."""
-    models = [model for deg, path_len, _, model, *_ in CURED if (deg, path_len) == (2, 5)]
+    """How many examples each objective needs until a graph is solved."""
+    graphs = list(dict.fromkeys((deg, path_len) for deg, path_len, _, _ in cells()))
     figure, axes = plt.subplots(
-        1, len(models), figsize=(3.6 * len(models), 2.6), sharey=True, layout="constrained",
-        squeeze=False
+        len(graphs), 2, figsize=(7.2, 2.4 * len(graphs)), sharey=True, layout="constrained"
     )
-    for model, ax in zip(models, axes[0]):
-        for row, objective in enumerate(CURES):
-            for run in logs_of(model, objective, 2, 5):
-                examples = examples_until_solved(run)
-                if examples is not None:
-                    ax.plot(examples, row, "o", color=BLUE, mfc="none", markersize=6)
-                else:
-                    ax.plot(run.end["examples"] / 1000, row, "x", color=RED, markersize=6)
-        ax.set(title=f"{MODELS[model]} (x: not solved)", xlabel="thousand examples until solved")
-        ax.set_xlim(left=0)
-        ax.grid(axis="y", color=GREY, alpha=0.3)
+    for (deg, path_len), panels in zip(graphs, axes):
+        for model, ax in zip(MODELS, panels):
+            for row, objective in enumerate(CURES):
+                for run in logs_of(model, objective, deg, path_len):
+                    examples = examples_until_solved(run)
+                    if examples is not None:
+                        ax.plot(examples, row, "o", color=BLUE, mfc="none", markersize=6)
+                    else:
+                        ax.plot(run.end["examples"] / 1000, row, "x", color=RED, markersize=6)
+            ax.set_title(f"{MODELS[model]}, G({deg},{path_len})")
+            ax.set_xlim(0, 1.08 * ax.dataLim.x1)
+            ax.grid(axis="y", color=GREY, alpha=0.3)
+    for ax in axes[-1]:
+        ax.set_xlabel("thousand examples until solved (x: not solved)")
     names = [objective.replace("_", " ") for objective in CURES]
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()

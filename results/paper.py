@@ -109,7 +109,8 @@ def run_for(minutes, at_once, runs):
             name = waiting.pop(0)
             with open(PROJECT / out / f"{name}.txt", "a") as screen:
                 running[name] = subprocess.Popen(
-                    command(out / name, runs[name]), cwd=PROJECT, stdout=screen, stderr=screen
+                    command(PROJECT, out / name, runs[name]), cwd=PROJECT,
+                    stdout=screen, stderr=screen
                 )
         time.sleep(1)
         for name, process in list(running.items()):

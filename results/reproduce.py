@@ -33,13 +33,22 @@ OBJECTIVES = {
 }
 SEEDS = range(5)
 LONG_RUNS = [("gpt", 2, 13000), ("mamba", 0, 5000)]    # model, seed, steps
-FURTHER_GRAPHS = [      # deg, path_len, n_layer, max_iters teacher-forced and teacherless
-    (2, 6, 8, None, 4000),
-    (3, 5, 6, None, 3000),
-]
-DEPTHS = [                          # model, path_len, what else goes with it, layers, seeds
-    ("mamba", 5, "", (2, 3, 4), range(3)),
-    ("mamba", 5, "", (8,), range(1)),
+ON_GPU = "--dtype float32"          # as on a CPU; the runs with this were made on a GPU
+MAMBA_ON_FURTHER_GRAPHS = {         # beside --model mamba
+    "mamba-teacher_forced-deg2-len6-seed0": "--deg 2 --path_len 6 --num_nodes 12 --n_layer 8",
+    "mamba-teacherless-deg2-len6-seed0":
+        "--teacherless --deg 2 --path_len 6 --num_nodes 12 --n_layer 8 --max_iters 4000",
+    "mamba-teacher_forced-deg3-len5-seed0": "--deg 3 --path_len 5 --num_nodes 14 --n_layer 6",
+}
+for seed in range(3):
+    MAMBA_ON_FURTHER_GRAPHS[f"mamba-teacherless-deg3-len5-seed{seed}"] = (
+        "--teacherless --deg 3 --path_len 5 --num_nodes 14 --n_layer 6 --max_iters 8000 "
+        f"--seed {seed} {ON_GPU}"
+    )
+DEPTHS = [                          # model, layers, seeds, further flags
+    ("mamba", (2, 3, 4), range(3), ""),
+    ("mamba", (8,), range(1), ""),
+    ("gpt", (2, 3, 4, 8), range(3), ON_GPU),
 ]
 GRID_SIZES = [(2, 3), (2, 4), (2, 6), (3, 5), (5, 5)]  # (deg, path_len) beside the default (2, 5)
 GRID_STEPS = 3000                                      # for both objectives
@@ -52,8 +61,12 @@ CURES = {                                              # the flags of train.py, 
     "bag_of_words": ([], "bag_of_words"),
     "next_latent": ([], "next_latent"),
 }
-CURED = [                           # deg, path_len, num_nodes, model, steps at most, seeds
-    (2, 5, 10, "mamba", 2000, range(1)),
+ALL = tuple(CURES)
+CURED = [       # deg, path_len, num_nodes, model, steps at most, objectives, seeds, further flags
+    (2, 5, 10, "gpt", 6000, ALL, range(3), ON_GPU),
+    (2, 5, 10, "mamba", 2000, ALL, range(1), ""),
+    (5, 5, 22, "gpt", 6000, ALL, range(1), ON_GPU),
+    (5, 5, 22, "mamba", 6000, ALL, range(1), ON_GPU),
 ]
 
 
@@ -71,25 +84,16 @@ def experiments():
         name = f"{model}-teacher_forced-long-seed{seed}"
         runs[name] = ["--model", model, "--seed", str(seed), "--max_iters", str(steps)]
 
-    # The Mamba on other graphs, with ten names or, on larger ones, one more than there are nodes.
-    for deg, path_len, n_layer, *limits in FURTHER_GRAPHS:
-        num_nodes = max(10, deg * (path_len - 1) + 2)
-        size = f"--deg {deg} --path_len {path_len} --num_nodes {num_nodes} --n_layer {n_layer}"
-        for objective, max_iters in zip(("teacher_forced", "teacherless"), limits):
-            name = f"mamba-{objective}-deg{deg}-len{path_len}-seed0"
-            flags = ["--model", "mamba", *OBJECTIVES[objective], *size.split()]
-            if max_iters is not None:
-                flags += ["--max_iters", str(max_iters)]
-            runs[name] = flags
+    for name, flags in MAMBA_ON_FURTHER_GRAPHS.items():
+        runs[name] = ["--model", "mamba", *flags.split()]
 
     # Teacherless models of several depths. The default depth is among the runs above.
-    for model, path_len, others, depths, seeds in DEPTHS:
+    for model, depths, seeds, more in DEPTHS:
         for n_layer in depths:
             for seed in seeds:
-                name = f"{model}-teacherless-len{path_len}-layers{n_layer}-seed{seed}"
-                size = f"--path_len {path_len} --n_layer {n_layer} {others}"
-                flags = ["--model", model, "--teacherless", *size.split()]
-                runs[name] = [*flags, "--seed", str(seed)]
+                name = f"{model}-teacherless-len5-layers{n_layer}-seed{seed}"
+                size = f"--path_len 5 --n_layer {n_layer} --seed {seed} {more}"
+                runs[name] = ["--model", model, "--teacherless", *size.split()]
 
     # The grid: how the failure grows with the graph, for the Transformer. The runs of an earlier
     # Mamba are in results/earlier.
@@ -106,15 +110,16 @@ def experiments():
 def cures():
     """-> {name: (flags of train.py, patch or None)}"""
     runs = {}
-    for deg, path_len, num_nodes, model, steps, seeds in CURED:
+    for deg, path_len, num_nodes, model, steps, objectives, seeds, more in CURED:
         size = f"--deg {deg} --path_len {path_len} --num_nodes {num_nodes} --max_iters {steps}"
-        for objective, (flags, patch) in CURES.items():
+        for objective in objectives:
+            flags, patch = CURES[objective]
             if objective == "teacherless" and (deg, path_len) == (2, 5):
                 continue                    # the default runs
             for seed in seeds:
                 name = f"cures/{model}-{objective}-deg{deg}-len{path_len}-seed{seed}"
                 flags_of_run = ["--model", model, *flags, *size.split(), "--seed", str(seed)]
-                runs[name] = (flags_of_run, patch)
+                runs[name] = (flags_of_run + more.split(), patch)
     return runs
 
 

@@ -175,7 +175,7 @@ def main():
         benchmark("cpu", CPU_SIZES, [torch.float32], {"plain loop": plain_loop})
     if args.device == "cuda" or args.device is None and torch.cuda.is_available():
         rivals = {"plain loop": plain_loop, "doubling": doubling}
-        if importlib.util.find_spec("mamba_ssm") is not None:
+        if importlib.util.find_spec("selective_scan_cuda") is not None:
             rivals["mamba_ssm"] = mamba_ssm_scan
         print(torch.cuda.get_device_name())
         benchmark("cuda", GPU_SIZES, [torch.float32, torch.bfloat16], rivals)

@@ -26,7 +26,8 @@ The first table has the mean over the seeds (least - greatest).
   all nodes after the first hop are right at once.
 - *Hops learned at*: the step from which the first, second, ... hop before the goal was right in
   95 % of the graphs at every evaluation, in teacherless training.
-- *Minutes*: on one core of a machine that did other things, too.
+- *Minutes*: on one core of a machine that did other things, too. Runs with `--dtype float32` were
+  made on a GPU that had fifteen others at the same time.
 """
 EARLIER = """\
 Runs of the Mamba with earlier default settings, made with the code of commit c217520: 3 layers of
