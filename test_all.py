@@ -1970,7 +1970,6 @@ def test_the_table_is_that_of_the_logs():
 
 
 @pytest.mark.parametrize("page, command", [
-    ("earlier.md", ("results/table.py", "results/earlier")),
     ("tried.md", ("results/tried.py",)),
     ("cures/README.md", ("results/cures.py",)),
 ])
@@ -1981,14 +1980,13 @@ def test_other_pages_are_what_their_scripts_print(page, command):
 
 
 def test_the_hops_in_readme_are_those_of_the_logs():
-    """Section 5 quotes the node accuracies at the end of five runs."""
+    """Section 5 quotes the node accuracies at the end of four runs."""
     text = " ".join(README.split())
     for name, hops in (
-        ("earlier/mamba-teacherless-deg2-len6", slice(1, -1)),
-        ("earlier/mamba-teacherless-deg5-len5", slice(1, -1)),
         ("logs/gpt-teacherless-deg2-len6", slice(1, 4)),        # those that it guesses
-        ("logs/mamba-teacherless-deg3-len5", slice(1, 4)),
         ("logs/mamba-teacherless-deg2-len6", slice(1, -1)),
+        ("cures/mamba-teacherless-deg5-len5", slice(1, -1)),
+        ("tried/mamba-deg3-len5", slice(1, -1)),
     ):
         log = HERE / "results" / f"{name}-seed0.jsonl"
         end = json.loads(log.read_text().splitlines()[-1])
@@ -2083,6 +2081,19 @@ def test_each_listed_experiment_is_on_record():
         assert re.sub(r" --out_dir \S+", "", header["command"]) == command, name
         logs.add(log)
     assert {*LOGS.glob("*.jsonl"), *CURES.glob("*.jsonl")} == logs
+
+
+def test_runs_of_the_papers_size_are_started(monkeypatch, tmp_path):
+    """In the folder out/paper, here with small runs, two at a time."""
+    monkeypatch.syspath_prepend(HERE / "results")
+    import paper
+    for file in ("train.py", "data.py", "model_gpt.py"):
+        shutil.copy(HERE / file, tmp_path)
+    monkeypatch.setattr(paper, "PROJECT", tmp_path)
+    small = [*map(str, TINY), "--max_iters", "2"]
+    paper.run_for(2, 2, {"first": small, "second": small})
+    for name in ("first", "second"):
+        assert paper.is_finished(tmp_path / "out" / "paper" / name / "log.jsonl"), name
 
 
 @needs_unchanged_files

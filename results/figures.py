@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from cures import cells, examples_until_solved, logs_of  # noqa: E402
 from data import PathStar, draw, edges_of, find_arms  # noqa: E402
-from reproduce import CURES, GRID_STEPS, read_log  # noqa: E402
+from reproduce import CURES, read_log  # noqa: E402
 from train import SOLVED, STOP_AT  # noqa: E402
 
 BLUE = "#0072B2"        # these colours differ for the colour-blind, too
@@ -186,25 +186,26 @@ def draw_cures():
     save(figure, "cures")
 
 
-def ends_by_size(size, **settings):
-    """-> {deg or path_len: path accuracies of the runs with these settings after GRID_STEPS}
-
-    The Mamba is the one of results/earlier, with 3 layers.
-    """
+def ends_by_size(size, model, teacherless, fixed):
+    """-> {deg or path_len: path accuracies at the end of the runs}"""
     ends = {}
-    folder = "earlier" if settings["model"] == "mamba" else "logs"
-    for config, log in records(folder, reverse=False, only_first_hop=False, **settings):
-        within = [share for share, step in zip(log["accuracy"], log["iter"]) if step <= GRID_STEPS]
-        ends.setdefault(config[size], []).append(within[-1])
+    settings = {"reverse": False, "only_first_hop": False, "teacherless": teacherless}
+    for config, log in records(model=model, **settings, **fixed):
+        if config["path_len"] == 5 and config["n_layer"] != 6:
+            continue                                            # a run of draw_depth
+        ends.setdefault(config[size], []).append(log["accuracy"][-1])
+    if size == "deg":
+        objective = "teacherless" if teacherless else "next_token"
+        for run in logs_of(model, objective, 5, 5):             # those of the cures
+            ends.setdefault(5, []).append(run.end["accuracy"])
     return dict(sorted(ends.items()))
 
 
 def draw_grid_panel(ax, size, fixed):
     """One half of the grid: over `size`, "deg" or "path_len", where the other one is fixed."""
-    names = MODELS | {"mamba": "Mamba, 3 layers"}
     for model, aside, marker in (("gpt", -0.06, "o"), ("mamba", 0.06, "^")):
         for teacherless, color, style in ((False, RED, "-"), (True, BLUE, "--")):
-            ends = ends_by_size(size, model=model, teacherless=teacherless, **fixed)
+            ends = ends_by_size(size, model, teacherless, fixed)
             means = [np.mean(accuracies) for accuracies in ends.values()]
             ax.plot([x + aside for x in ends], means, style, color=color, lw=1.2)
             xs, ys = [], []
@@ -214,11 +215,11 @@ def draw_grid_panel(ax, size, fixed):
             objective = "teacherless" if teacherless else "teacher-forced"
             face = color if model == "gpt" else "white"
             ax.plot(xs, ys, marker, color=color, markersize=5, mfc=face,
-                    label=f"{names[model]}, {objective}")
+                    label=f"{MODELS[model]}, {objective}")
 
 
 def draw_grid():
-    """Path accuracy after at most GRID_STEPS steps, over the graph's size."""
+    """Path accuracy at the end of the runs, over the graph's size."""
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), sharey=True, layout="constrained")
     left, right = axes
     draw_grid_panel(left, "path_len", {"deg": 2})

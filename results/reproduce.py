@@ -34,7 +34,13 @@ OBJECTIVES = {
 SEEDS = range(5)
 LONG_RUNS = [("gpt", 2, 13000), ("mamba", 0, 5000)]    # model, seed, steps
 ON_GPU = "--dtype float32"          # as on a CPU; the runs with this were made on a GPU
+TRANSFORMER_ON_FURTHER_GRAPHS = [(2, 3), (2, 4), (2, 6), (3, 5), (5, 5)]   # (deg, path_len)
 MAMBA_ON_FURTHER_GRAPHS = {         # beside --model mamba
+    "mamba-teacher_forced-deg2-len3-seed0": "--deg 2 --path_len 3 --num_nodes 10",
+    "mamba-teacherless-deg2-len3-seed0": "--teacherless --deg 2 --path_len 3 --num_nodes 10",
+    "mamba-teacher_forced-deg2-len4-seed0":
+        "--deg 2 --path_len 4 --num_nodes 10 --max_iters 3000",
+    "mamba-teacherless-deg2-len4-seed0": "--teacherless --deg 2 --path_len 4 --num_nodes 10",
     "mamba-teacher_forced-deg2-len6-seed0": "--deg 2 --path_len 6 --num_nodes 12 --n_layer 8",
     "mamba-teacherless-deg2-len6-seed0":
         "--teacherless --deg 2 --path_len 6 --num_nodes 12 --n_layer 8 --max_iters 4000",
@@ -50,8 +56,6 @@ DEPTHS = [                          # model, layers, seeds, further flags
     ("mamba", (8,), range(1), ""),
     ("gpt", (2, 3, 4, 8), range(3), ON_GPU),
 ]
-GRID_SIZES = [(2, 3), (2, 4), (2, 6), (3, 5), (5, 5)]  # (deg, path_len) beside the default (2, 5)
-GRID_STEPS = 3000                                      # for both objectives
 CURES = {                                              # the flags of train.py, and the patch
     "next_token": ([], None),
     "teacherless": (["--teacherless"], None),
@@ -86,6 +90,13 @@ def experiments():
 
     for name, flags in MAMBA_ON_FURTHER_GRAPHS.items():
         runs[name] = ["--model", "mamba", *flags.split()]
+    for deg, path_len in TRANSFORMER_ON_FURTHER_GRAPHS:
+        num_nodes = max(10, deg * (path_len - 1) + 2)
+        size = f"--deg {deg} --path_len {path_len} --num_nodes {num_nodes}".split()
+        for objective in ("teacher_forced", "teacherless"):
+            name = f"gpt-{objective}-deg{deg}-len{path_len}-seed0"
+            flags = ["--model", "gpt", *OBJECTIVES[objective], *size]
+            runs[name] = [*flags, "--max_iters", "3000"]
 
     # Teacherless models of several depths. The default depth is among the runs above.
     for model, depths, seeds, more in DEPTHS:
@@ -94,16 +105,6 @@ def experiments():
                 name = f"{model}-teacherless-len5-layers{n_layer}-seed{seed}"
                 size = f"--path_len 5 --n_layer {n_layer} --seed {seed} {more}"
                 runs[name] = ["--model", model, "--teacherless", *size.split()]
-
-    # The grid: how the failure grows with the graph, for the Transformer. The runs of an earlier
-    # Mamba are in results/earlier.
-    for deg, path_len in GRID_SIZES:
-        num_nodes = max(10, deg * (path_len - 1) + 2)
-        size = f"--deg {deg} --path_len {path_len} --num_nodes {num_nodes}".split()
-        for objective in ("teacher_forced", "teacherless"):
-            name = f"gpt-{objective}-deg{deg}-len{path_len}-seed0"
-            flags = ["--model", "gpt", *OBJECTIVES[objective], *size]
-            runs[name] = [*flags, "--max_iters", str(GRID_STEPS)]
     return runs
 
 

@@ -1,7 +1,5 @@
 """Prints the recorded runs as two tables, in Markdown: python results/table.py > results/README.md
 
-    python results/table.py results/earlier > results/earlier.md
-
 It reads the logs in results/logs, or in the folder that is its argument. Runs belong together if
 their commands differ in --seed and --out_dir only.
 """
@@ -28,11 +26,6 @@ The first table has the mean over the seeds (least - greatest).
   95 % of the graphs at every evaluation, in teacherless training.
 - *Minutes*: on one core of a machine that did other things, too. Runs with `--dtype float32` were
   made on a GPU that had fifteen others at the same time.
-"""
-EARLIER = """\
-Runs of the Mamba with earlier default settings, made with the code of commit c217520: 3 layers of
-width 128, batches of 128, a learning rate of 2e-3 that falls over the last third, and what each
-layer adds divided by sqrt(3) at the start. [README.md](README.md) explains the columns.
 """
 GROUP_COLUMNS = [
     "command, with `--seed` 0, 1, ...", "runs", "solved", "paths right", "forced: first hop",
@@ -150,9 +143,7 @@ def group_order(command):
 
 
 def main():
-    folder, introduction = HERE / "logs", INTRODUCTION
-    if len(sys.argv) > 1:
-        folder, introduction = Path(sys.argv[1]).resolve(), EARLIER
+    folder = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else HERE / "logs"
     groups = {}
     for file in folder.glob("*.jsonl"):
         run = Run(file)
@@ -162,7 +153,7 @@ def main():
         runs = sorted(groups[command], key=lambda run: run.config["seed"])
         group_rows.append(group_row(command, runs))
         run_rows += [run_row(run) for run in runs]
-    print(introduction)
+    print(INTRODUCTION)
     print_table(GROUP_COLUMNS, group_rows)
     print()
     print_table(RUN_COLUMNS, run_rows)
