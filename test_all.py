@@ -1994,6 +1994,20 @@ def test_the_hops_in_readme_are_those_of_the_logs():
         assert f"{', '.join(first)} and {last} %" in text, name
 
 
+def test_readme_tells_when_the_mamba_escapes():
+    """Teacher-forced on paths of four nodes."""
+    log = LOGS / "mamba-teacher_forced-deg2-len4-seed0.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+    guessing, escaping = re.search(
+        r"guesses for ([\d,]+) steps and is right ([\d,]+) steps later", " ".join(README.split())
+    ).groups()
+    guessing = int(guessing.replace(",", ""))
+    guesses = [line["iter"] for line in lines if 0.45 < line["node_accuracy"][1] < 0.55]
+    assert max(guesses) == guessing
+    solved = [line["iter"] for line in lines if line["accuracy"] >= train.STOP_AT]
+    assert solved == [guessing + int(escaping.replace(",", ""))]
+
+
 def steps_until_solved(model, n_layer):
     """-> the number of recorded teacherless runs, and the steps of those that were solved"""
     name = f"{model}-teacherless-len5-layers{n_layer}"
