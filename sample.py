@@ -43,14 +43,13 @@ def get_graphs(args, star):
     return prefix_tokens(star, edges, paths), paths
 
 
-def explain(prefix, path, answer, forced, p):
+def explain(path, arms, answer, forced, p):
     """One graph and what the model makes of it -> a dict for JSON
 
-    prefix, path, answer and forced (or None) are lists of tokens, p (places, tokens) has the
-    probabilities. All but the prefix are in the order from start to goal.
+    path, arms, answer and forced (or None) are lists of tokens, p (places, tokens) has the
+    probabilities, all in the order from start to goal.
     """
-    arms = find_arms(edges_of(prefix), prefix[-3])
-    arms.sort(key=lambda arm: arm != path)                  # the right one first
+    arms = sorted(arms, key=lambda arm: arm != path)        # the right one first
     leaves_at = None
     for place, node in enumerate(answer):
         if node != path[place]:
@@ -166,12 +165,19 @@ def main():
     shown = slice(args.show)
     p = probabilities(run, model, prompts[shown], answers[shown], dollar)
     answers = from_start(run, answers).tolist()
-    forced = [None] * len(paths) if forced is None else from_start(run, forced).tolist()
+    if forced is None:
+        forced = [None] * len(paths)
+    else:
+        forced = from_start(run, forced).tolist()
     prefixes, paths = prefixes.tolist(), paths.tolist()
-    graphs = [explain(*graph) for graph in zip(prefixes, paths, answers, forced, p)]
+    graphs = []
     real_arms = 0
-    for prefix, answer in zip(prefixes, answers):
-        real_arms += is_arm(answer, find_arms(edges_of(prefix), prefix[-3]))
+    for i, prefix in enumerate(prefixes):
+        start = prefix[-3]
+        arms = find_arms(edges_of(prefix), start)
+        real_arms += is_arm(answers[i], arms)
+        if i < args.show:
+            graphs.append(explain(paths[i], arms, answers[i], forced[i], p[i]))
     result["real_arm"] = real_arms / len(paths)
     result["verdict"] = None
     if len(paths) >= 100:                                   # fewer show nothing

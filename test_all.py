@@ -1522,13 +1522,12 @@ def probabilities_of(*rows):
     return p
 
 
-# start 1, goal 5: the arm 1 4 5 is right
-PREFIX = [1, 2, 10, 4, 5, 10, 1, 4, 10, 2, 3, 12, 1, 5, 11]
+ARMS = [[1, 2, 3], [1, 4, 5]]       # the second is right
 
 
 def test_sample_marks_where_the_answer_leaves_the_path(capsys):
     p = probabilities_of({1: 0.99}, {2: 0.5, 4: 0.25}, {3: 1})
-    graph = sample.explain(PREFIX, [1, 4, 5], [1, 2, 3], [1, 2, 5], p)
+    graph = sample.explain([1, 4, 5], ARMS, [1, 2, 3], [1, 2, 5], p)
     assert graph["leaves_at"] == 1 and graph["real_arm"]
     assert graph["arms"] == [[1, 4, 5], [1, 2, 3]] and graph["first_hop"] == [0.25, 0.5]
     sample.show(graph, pause=0)
@@ -1543,14 +1542,14 @@ def test_sample_marks_where_the_answer_leaves_the_path(capsys):
         "",
     ]
     p = probabilities_of({1: 1}, {4: 1}, {5: 1})
-    graph = sample.explain(PREFIX, [1, 4, 5], [1, 4, 5], None, p)
+    graph = sample.explain([1, 4, 5], ARMS, [1, 4, 5], None, p)
     assert graph["leaves_at"] is None and graph["real_arm"] and graph["forced"] is None
     sample.show(graph, pause=0)
     assert capsys.readouterr().out.splitlines()[3:] == [
         "  answer    1 ->    4 ->    5", "    sure 100%    100%    100%", "        right", ""
     ]
     p = probabilities_of({1: 1}, {2: 1}, {5: 1})
-    assert not sample.explain(PREFIX, [1, 4, 5], [1, 2, 5], None, p)["real_arm"]
+    assert not sample.explain([1, 4, 5], ARMS, [1, 2, 5], None, p)["real_arm"]
 
 
 @pytest.mark.parametrize("objective", [

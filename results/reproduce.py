@@ -33,7 +33,7 @@ OBJECTIVES = {
 }
 SEEDS = range(5)
 LONG_RUNS = [("gpt", 2, 13000), ("mamba", 0, 5000)]    # model, seed, steps
-ON_GPU = "--dtype float32"          # as on a CPU; the runs with this were made on a GPU
+ON_GPU = "--dtype float32"          # as on a CPU; most runs with this were made on a GPU
 TRANSFORMER_ON_FURTHER_GRAPHS = [(2, 3), (2, 4), (2, 6), (3, 5), (5, 5)]   # (deg, path_len)
 MAMBA_ON_FURTHER_GRAPHS = {         # beside --model mamba
     "mamba-teacher_forced-deg2-len3-seed0": "--deg 2 --path_len 3 --num_nodes 10",
