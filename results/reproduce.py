@@ -67,12 +67,10 @@ CURES = {                                              # the flags of train.py, 
 }
 ALL = tuple(CURES)
 ALL_BUT_NEXT_LATENT = ALL[:-1]
-ALL_BUT_HALF = [o for o in ALL if o != "half_and_half"]
 CURED = [       # deg, path_len, num_nodes, model, steps at most, objectives, seeds, further flags
     (2, 5, 10, "gpt", 6000, ALL_BUT_NEXT_LATENT, range(3), ON_GPU),
     (2, 5, 10, "gpt", 6000, ["next_latent"], range(2), ON_GPU),
-    (2, 5, 10, "mamba", 2000, ALL_BUT_HALF, range(3), ""),
-    (2, 5, 10, "mamba", 2000, ["half_and_half"], range(2), ""),
+    (2, 5, 10, "mamba", 2000, ALL, range(3), ""),
     (5, 5, 22, "gpt", 6000, ALL_BUT_NEXT_LATENT, range(1), ON_GPU),
     (5, 5, 22, "mamba", 6000, ALL_BUT_NEXT_LATENT, range(1), ON_GPU),
 ]
