@@ -2119,6 +2119,7 @@ def test_a_cure_is_run_with_its_patch(monkeypatch):
     assert "class LookAhead" in (copy / "train.py").read_text()
     assert "class LookAhead" not in (HERE / "train.py").read_text()
     assert (copy / "data.py").read_text() == (HERE / "data.py").read_text()
+    assert not (copy / "test_all.py").exists()
 
 
 def test_each_recorded_command_asks_for_the_recorded_run():
