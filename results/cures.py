@@ -73,9 +73,9 @@ What they suggest; the reasons are guesses, and were not tested:
   Transformer's examples, but with five arms half as many, and ended with the cheat there as well.
 - The network of next latent reads the true next nodes, so it need not know the arm in advance. No
   run was solved. But two of five were leaving the cheat, slowly, when their steps were over: a
-  Mamba with 67 % of the first hops right, and a Transformer with 72 %. It matters where the
-  predictions are compared. In another form of the patch, which does so in the prompt as well, none
-  of four runs left the cheat ([tried.md](../tried.md)).
+  Mamba with 67 % of the first hops right, and a Transformer with 72 %. It may matter where the
+  predictions are compared. In another form of the patch, which does so in the prompt as well and
+  looks four steps ahead, none of four runs left the cheat ([tried.md](../tried.md)).
 - Half and half shortens the Transformer's plateau. It brings the Mamba to all hops but the first,
   and one seed to 98.9 % of the paths.
 - With five arms, one run of twelve was solved: that of a Mamba with look-ahead heads. Its bag of
