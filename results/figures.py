@@ -11,7 +11,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from cures import cells, examples_until_solved, logs_of  # noqa: E402
+from cures import MODELS, cells, examples_until_solved, logs_of  # noqa: E402
 from data import PathStar, draw, edges_of, find_arms  # noqa: E402
 from reproduce import CURES, read_log  # noqa: E402
 from train import SOLVED, STOP_AT  # noqa: E402
@@ -21,7 +21,6 @@ ORANGE = "#E69F00"
 GREEN = "#009E73"
 RED = "#D55E00"
 GREY = "#777777"
-MODELS = {"gpt": "Transformer", "mamba": "Mamba"}
 DEFAULT_TASK = {"deg": 2, "path_len": 5, "n_layer": 6}
 SETTINGS = {
     "font.size": 9,

@@ -33,7 +33,7 @@ OBJECTIVES = {
 }
 SEEDS = range(5)
 LONG_RUNS = [("gpt", 2, 13000), ("mamba", 0, 5000)]    # model, seed, steps
-ON_GPU = "--dtype float32"          # as on a CPU; most runs with this were made on a GPU
+FLOAT32 = "--dtype float32"         # as on a CPU; most runs with this were made on a GPU
 TRANSFORMER_ON_FURTHER_GRAPHS = [(2, 3), (2, 4), (2, 6), (3, 5), (5, 5)]   # (deg, path_len)
 MAMBA_ON_FURTHER_GRAPHS = {         # beside --model mamba
     "mamba-teacher_forced-deg2-len3-seed0": "--deg 2 --path_len 3 --num_nodes 10",
@@ -49,12 +49,12 @@ MAMBA_ON_FURTHER_GRAPHS = {         # beside --model mamba
 for seed in range(3):
     MAMBA_ON_FURTHER_GRAPHS[f"mamba-teacherless-deg3-len5-seed{seed}"] = (
         "--teacherless --deg 3 --path_len 5 --num_nodes 14 --n_layer 6 --max_iters 8000 "
-        f"--seed {seed} {ON_GPU}"
+        f"--seed {seed} {FLOAT32}"
     )
 DEPTHS = [                          # model, layers, seeds, further flags
     ("mamba", (2, 3, 4), range(3), ""),
     ("mamba", (8,), range(1), ""),
-    ("gpt", (2, 3, 4, 8), range(3), ON_GPU),
+    ("gpt", (2, 3, 4, 8), range(3), FLOAT32),
 ]
 CURES = {                                              # the flags of train.py, and the patch
     "next_token": ([], None),
@@ -68,11 +68,11 @@ CURES = {                                              # the flags of train.py, 
 ALL = tuple(CURES)
 ALL_BUT_NEXT_LATENT = ALL[:-1]
 CURED = [       # deg, path_len, num_nodes, model, steps at most, objectives, seeds, further flags
-    (2, 5, 10, "gpt", 6000, ALL_BUT_NEXT_LATENT, range(3), ON_GPU),
-    (2, 5, 10, "gpt", 6000, ["next_latent"], range(2), ON_GPU),
+    (2, 5, 10, "gpt", 6000, ALL_BUT_NEXT_LATENT, range(3), FLOAT32),
+    (2, 5, 10, "gpt", 6000, ["next_latent"], range(2), FLOAT32),
     (2, 5, 10, "mamba", 2000, ALL, range(3), ""),
-    (5, 5, 22, "gpt", 6000, ALL_BUT_NEXT_LATENT, range(1), ON_GPU),
-    (5, 5, 22, "mamba", 6000, ALL_BUT_NEXT_LATENT, range(1), ON_GPU),
+    (5, 5, 22, "gpt", 6000, ALL_BUT_NEXT_LATENT, range(1), FLOAT32),
+    (5, 5, 22, "mamba", 6000, ALL_BUT_NEXT_LATENT, range(1), FLOAT32),
 ]
 
 
