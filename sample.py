@@ -121,12 +121,11 @@ def print_result(result, run, star, n):
         if result[key] is not None:
             shares = "".join(f" {share:7.1%}" for share in result[key])
             print(f"{label:17}{shares}   {phase}")
-    if result["cheat_accuracy"] is not None:
+    if result["cheat_accuracy"] is not None and not run.reverse:
         share = result["cheat_accuracy"]
         print(f"cheat accuracy    {share:7.1%}   all later nodes right, given the true ones before")
     print(f"a real arm        {result['real_arm']:7.1%}   of the answers, wrong arms included")
-    if result["verdict"] is not None:
-        print(result["verdict"])
+    print(result["verdict"])
 
 
 def make_parser():
@@ -179,9 +178,7 @@ def main():
         if i < args.show:
             graphs.append(explain(paths[i], arms, answers[i], forced[i], p[i]))
     result["real_arm"] = real_arms / len(paths)
-    result["verdict"] = None
-    if len(paths) >= 100:                                   # fewer show nothing
-        result["verdict"] = verdict(result, run, len(paths))
+    result["verdict"] = verdict(result, run, len(paths))
     if args.json:
         print(json.dumps({**result, "num_graphs": len(paths), "graphs": graphs}))
         return

@@ -120,6 +120,7 @@ def selective_scan_ref(
 
 TRITON_CHUNK = 8  # time steps in a chunk: few, as the backward kernel holds all their states
 BLOCK_D = 32      # channels of a program: one for each thread of a warp
+NUM_WARPS = 1     # of a program
 
 if triton is not None:
     LOG2_E = tl.constexpr(1.4426950408889634)
@@ -305,17 +306,12 @@ def count_chunks(seqlen, chunk):
 
 def launch(kernel, tensors, u, A, delta_softplus):
     """Starts one program for each sequence and each block of channels."""
-    if triton is None or not (u.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise RuntimeError(
-            "selective_scan_triton needs Triton and a GPU, "
-            "or the environment variable TRITON_INTERPRET=1 before Python starts"
-        )
     batch, seqlen, dim = u.shape
     dstate = A.shape[0]
     with torch.cuda.device_of(u):                               # Triton uses the current device
         kernel[batch, triton.cdiv(dim, BLOCK_D)](
             *tensors, dim, seqlen, dstate, SOFTPLUS=delta_softplus, CHUNK=TRITON_CHUNK,
-            BLOCK_N=triton.next_power_of_2(dstate), BLOCK_D=BLOCK_D, num_warps=1
+            BLOCK_N=triton.next_power_of_2(dstate), BLOCK_D=BLOCK_D, num_warps=NUM_WARPS
         )
 
 
@@ -616,6 +612,11 @@ def selective_scan_triton(
 
     Raises RuntimeError where Triton cannot run.
     """
+    if triton is None or not (u.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise RuntimeError(
+            "selective_scan_triton needs Triton and a GPU, "
+            "or the environment variable TRITON_INTERPRET=1 before Python starts"
+        )
     inputs = u, delta, A, B, C, D, z, delta_bias, initial_state
     return fast_scan(inputs, delta_softplus, return_last_state, use_triton=True)
 

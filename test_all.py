@@ -778,6 +778,29 @@ def test_selective_scan_picks_the_fastest(monkeypatch):
         assert picked[-1] == "triton"
 
 
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None    # as if it were not installed
+import torch
+from scan_kernel import selective_scan, selective_scan_triton
+u, A, B = torch.ones(64, 20, 3), -torch.ones(20, 4), torch.ones(64, 4, 3)
+print(tuple(selective_scan(u, u, A, B, B).shape))
+try:
+    selective_scan_triton(u, u, A, B, B)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_scan_without_triton():
+    """As on macOS and Windows: the scan runs, and the Triton one says what it needs."""
+    command = [sys.executable, "-c", WITHOUT_TRITON]
+    result = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
+    shape, message = result.stdout.splitlines()
+    assert shape == "(64, 20, 3)"
+    assert message.startswith("selective_scan_triton needs Triton and a GPU")
+
+
 # ---- model_gpt.py, model_mamba.py
 
 every_model = pytest.mark.parametrize("name", train.DEFAULTS)  # a third one is held to the same
@@ -1176,6 +1199,7 @@ def test_verdicts():
     ):
         result = train.summary(answers, forced, targets[:, :answers.size(1)])
         assert says in train.verdict(result, flags(**given), 400)
+        assert "too few graphs (99)" in train.verdict(result, flags(**given), 99)
 
 
 # ---- train.py and sample.py, from the command line
@@ -1563,7 +1587,7 @@ def test_probabilities_of_a_sample(objective, monkeypatch, tmp_path, capsys):
     given = ("--out_dir", out, "--num_graphs", 5, "--show", 2, "--json")
     assert call(monkeypatch, sample, *given) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["num_graphs"] == 5 and printed["verdict"] is None
+    assert printed["num_graphs"] == 5 and "too few graphs (5)" in printed["verdict"]
     assert len(printed["graphs"]) == 2
     _, _, star, model = train.load_checkpoint(out)
     prefixes, _ = data.draw(star, 5, rng([0, 4]))
@@ -2079,21 +2103,39 @@ def test_the_table_counts_right(tmp_path):
     line = f"| `{command}` | 2 | 1 | 75.0% (50.0% - 100.0%) | - | - | 0, 1 never; 300 | 300 | 2k | "
     line += "1.0 |"
     assert line in result.stdout.splitlines(), result.stdout
+    result = run(script, tmp_path)
+    assert result.returncode == 1 and "there are no logs in" in result.stderr
 
 
 def test_each_listed_experiment_is_on_record():
-    """Under its name, with the command that `reproduce.py --list` shows."""
+    """Under its name, with the command that `reproduce.py --list` shows, and the patch of a cure."""
     listed = run("results/reproduce.py", "--list").stdout.splitlines()
     assert len(listed) >= 24
     logs = set()
     for line in listed:
         name, command = re.match(r"(\S+) +(python train.py .*?)(?:   .*)?$", line).groups()
         folder = LOGS.parent if name.startswith("cures/") else LOGS
+        if name.startswith("cures/"):
+            objective = name.split("-")[1]
+            patched = objective not in ("next_token", "teacherless")
+            assert patched == (f"   with {objective}.patch" in line), line
         log = folder / f"{name}.jsonl"
         header = json.loads(log.read_text().splitlines()[0])
         assert re.sub(r" --out_dir \S+", "", header["command"]) == command, name
         logs.add(log)
     assert {*LOGS.glob("*.jsonl"), *CURES.glob("*.jsonl")} == logs
+
+
+def test_estimate_of_a_step(monkeypatch):
+    """Six FLOP for each weight of a matrix and each token. A Mamba has little beside its matrices."""
+    monkeypatch.syspath_prepend(HERE / "results")
+    import paper
+
+    args, star, _, flop, _ = paper.count("mamba", 2, 5)
+    model = train.build_model(args, star)
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    tokens = args.batch_size * (star.prefix_len + star.path_len - 1)
+    assert flop == pytest.approx(6 * weights * tokens, rel=0.01)
 
 
 def test_runs_of_the_papers_size_are_started(monkeypatch, tmp_path):

@@ -251,7 +251,8 @@ def summary(answers, forced, targets):
     """The shares of right answers in what `predict` returns, as a dict.
 
     accuracy: all tokens right. node_accuracy: each token. cheat_accuracy: all tokens after the
-    first hop right, forced. The cheat gets them right, without any plan.
+    second right, forced. These are the nodes after the first hop, but in a reversed path. The cheat
+    gets them right, without any plan.
     """
     right = (answers == targets).double()
     result = {
@@ -277,6 +278,8 @@ def verdict(result, args, n_test):
     # Four standard errors of the accuracy of a guesser, and a little more.
     margin = 0.02 + 4 * math.sqrt(chance * (1 - chance) / n_test)
     shown = f"accuracy {accuracy:.1%}, where guessing an arm gives {chance:.1%}"
+    if n_test < 100:
+        return f"{shown}: too few graphs ({n_test}) to say what was learned."
     if accuracy >= SOLVED:
         found = "first hop" if args.only_first_hop else "path"
         return f"{shown}: solved, the model finds the {found}."

@@ -13,12 +13,11 @@ import subprocess
 from pathlib import Path
 
 from reproduce import CURED, CURES, code_for, command, read_log
-from table import Run, print_table, spread
+from table import MODELS, Run, print_table, spread
 from train import SOLVED
 
 HERE = Path(__file__).resolve().parent
 COST = HERE / "cures" / "cost.json"
-MODELS = {"gpt": "Transformer", "mamba": "Mamba"}
 ROUNDS = 3                      # of all objectives, one after the other
 COST_STEPS = 30                 # of a run; the first half is not counted
 

@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data import datasets, edges_of, find_arms  # noqa: E402
 from reproduce import read_log  # noqa: E402
-from table import command_of_group  # noqa: E402
+from table import MODELS, command_of_group  # noqa: E402
 
 FIRST_SHOWN = ["mamba-teacher_forced-seed0", "mamba-teacherless-seed0"]
 
@@ -69,7 +69,7 @@ def run_for_page(file):
             "first_hop": [sample["first_hop"] for sample in line["samples"]],
         })
     return {
-        "model": {"gpt": "Transformer", "mamba": "Mamba"}.get(config["model"], config["model"]),
+        "model": MODELS.get(config["model"], config["model"]),
         "objective": objective_of(config),
         "seed": config["seed"],
         "command": f"{command_of_group(header['command'])} --seed {config['seed']}",

@@ -11,9 +11,10 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from cures import MODELS, cells, examples_until_solved, logs_of  # noqa: E402
+from cures import cells, examples_until_solved, logs_of  # noqa: E402
 from data import PathStar, draw, edges_of, find_arms  # noqa: E402
 from reproduce import CURES, read_log  # noqa: E402
+from table import MODELS  # noqa: E402
 from train import SOLVED, STOP_AT  # noqa: E402
 
 BLUE = "#0072B2"        # these colours differ for the colour-blind, too
@@ -33,10 +34,10 @@ SETTINGS = {
 }
 
 
-def records(folder="logs", **settings):
+def records(**settings):
     """The recorded runs with these settings -> [(config, {figure: its values over the run})]"""
     found = []
-    for file in sorted((HERE / folder).glob("*.jsonl")):
+    for file in sorted((HERE / "logs").glob("*.jsonl")):
         header, lines = read_log(file)
         config = header["config"]
         if all(config[name] == value for name, value in settings.items()):

@@ -54,7 +54,10 @@ def probe(x, nodes, vocab_size):
 
 def print_probes(folder):
     """Prints the table for the run in a folder."""
-    ckpt, args, star, model = load_checkpoint(folder)
+    try:
+        ckpt, args, star, model = load_checkpoint(folder)
+    except (OSError, ValueError) as error:
+        sys.exit(f"probe.py: {error}")
     if not args.teacherless or args.reverse:
         sys.exit(f"probe.py: {folder} was not trained with --teacherless, from start to goal")
     end = ckpt["log"][-1]

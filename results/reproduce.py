@@ -224,8 +224,9 @@ def main():
         for name in names:
             took = minutes(record_of(name))
             shown = f"   {took:.1f} min" if took > 0 else ""
-            flags, _ = runs[name]
-            print(f"{name:44} python train.py {' '.join(flags)}{shown}")
+            flags, patch = runs[name]
+            with_patch = f"   with {patch}.patch" if patch else ""
+            print(f"{name:44} python train.py {' '.join(flags)}{with_patch}{shown}")
         return
 
     for i, name in enumerate(names):

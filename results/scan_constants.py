@@ -1,7 +1,7 @@
 """Times the Triton kernels with other block sizes, on a GPU: python results/scan_constants.py
 
-Each line is for BLOCK_D channels a program, its warps, TRITON_CHUNK time steps a chunk, a size
-(batch, seqlen, dim, dstate) and a dtype. The first of them are the constants of scan_kernel.py.
+Each line is for other constants of scan_kernel.py (BLOCK_D, NUM_WARPS, TRITON_CHUNK), a size
+(batch, seqlen, dim, dstate) and a dtype. The first are those in use.
 """
 import sys
 from pathlib import Path
@@ -17,25 +17,11 @@ CONSTANTS = [(32, 1, 8), (64, 2, 8), (128, 4, 8), (64, 1, 8), (32, 1, 4), (32, 1
 SIZES = [(256, 31, 1568, 16), (8, 2048, 1536, 16)]
 
 
-def launch_with(num_warps):
-    """`scan_kernel.launch`, with so many warps for a program."""
-    def launch(kernel, tensors, u, A, delta_softplus):
-        batch, seqlen, dim = u.shape
-        dstate = A.shape[0]
-        blocks = scan_kernel.triton.cdiv(dim, scan_kernel.BLOCK_D)
-        kernel[batch, blocks](
-            *tensors, dim, seqlen, dstate, SOFTPLUS=delta_softplus,
-            CHUNK=scan_kernel.TRITON_CHUNK, BLOCK_D=scan_kernel.BLOCK_D,
-            BLOCK_N=scan_kernel.triton.next_power_of_2(dstate), num_warps=num_warps
-        )
-    return launch
-
-
 def main():
     for block_d, num_warps, chunk in CONSTANTS:
         scan_kernel.BLOCK_D = block_d
+        scan_kernel.NUM_WARPS = num_warps
         scan_kernel.TRITON_CHUNK = chunk
-        scan_kernel.launch = launch_with(num_warps)
         for size in SIZES:
             for dtype in (torch.bfloat16, torch.float32):
                 inputs = channels_last(scan_inputs(*size, dtype, "cuda"))

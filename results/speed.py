@@ -147,10 +147,10 @@ def training_step(model, get_logits, targets):
     return step
 
 
-def print_step_times(title, ms):
+def print_step_times(title, batch_size, ms):
     rows = []
     for name, t in ms.items():
-        rows.append([name, t, f"{1e3 * 128 / t:.0f}", t / ms["ours"]])
+        rows.append([name, t, f"{1e3 * batch_size / t:.0f}", t / ms["ours"]])
     print_table([title, "ms", "examples per second", "times as long as ours"], rows)
 
 
@@ -160,15 +160,15 @@ def mamba_steps(idx, targets):
     from mambapy.mamba import MambaConfig as MambapyConfig
     from transformers import MambaConfig as TransformersConfig
     from transformers import MambaForCausalLM
-    ours = Mamba(MambaConfig(vocab_size=14, n_layer=3, d_model=128, d_state=16))
+    ours = Mamba(MambaConfig(vocab_size=14, n_layer=6, d_model=64, d_state=16))
     transformers = MambaForCausalLM(TransformersConfig(
-        vocab_size=14, hidden_size=128, state_size=16, num_hidden_layers=3, use_mambapy=False
+        vocab_size=14, hidden_size=64, state_size=16, num_hidden_layers=6, use_mambapy=False
     ))
     mambapy = torch.nn.Sequential(
-        torch.nn.Embedding(14, 128),
-        MambapyLayers(MambapyConfig(d_model=128, n_layers=3, d_state=16)),
-        torch.nn.RMSNorm(128),
-        torch.nn.Linear(128, 14, bias=False),
+        torch.nn.Embedding(14, 64),
+        MambapyLayers(MambapyConfig(d_model=64, n_layers=6, d_state=16)),
+        torch.nn.RMSNorm(64),
+        torch.nn.Linear(64, 14, bias=False),
     )
     return {
         "ours": training_step(ours, lambda model: model(idx)[0], targets),
@@ -198,16 +198,16 @@ def gpt_steps(idx, targets, checkout):
 
 
 def print_steps(args):
-    print("## A training step, one thread each, default sizes (batch 128, 27 + 4 tokens)\n")
+    print("## A training step, one thread each, default sizes (27 + 4 tokens)\n")
     torch.set_num_threads(1)
     graphs = draw(PathStar(2, 5, 10), 128, np.random.default_rng(0))
     prompts, targets = [torch.from_numpy(tokens) for tokens in graphs]
     idx = train.model_input(prompts, targets)
     loss_targets = train.loss_targets(prompts, targets)
-    ms = take_turns(mamba_steps(idx, loss_targets), seconds=20)
-    print_step_times("Mamba, 3 layers, width 128, d_state 16", ms)
+    ms = take_turns(mamba_steps(idx[:64], loss_targets[:64]), seconds=40)
+    print_step_times("Mamba, 6 layers, width 64, d_state 16, batch 64", 64, ms)
     ms = take_turns(gpt_steps(idx, loss_targets, args.nanogpt), seconds=20)
-    print_step_times("Transformer, 6 layers, width 64, 4 heads", ms)
+    print_step_times("Transformer, 6 layers, width 64, 4 heads, batch 128", 128, ms)
 
 
 # ---- The training loop of the paper's authors
@@ -243,6 +243,7 @@ def time_their_loop(n, flags, batch, checkout, env):
         stdout=subprocess.DEVNULL
     )
     seen = {}                                                   # {step: when it was done}
+    line = ""
     for line in process.stderr:                                 # 50/150 [00:09<00:18, 5.3it/s]
         for step in re.findall(rf"(\d+)/{n} \[\d+:\d+<", line):
             seen.setdefault(int(step), time.perf_counter())
@@ -386,7 +387,7 @@ def print_generation(args):
         longest = star.prefix_len + star.path_len
         models = {
             "gpt": GPT(GPTConfig(longest, star.vocab_size, n_layer=6, n_head=4, n_embd=64)),
-            "mamba": Mamba(MambaConfig(star.vocab_size, n_layer=3, d_model=128, d_state=16)),
+            "mamba": Mamba(MambaConfig(star.vocab_size, n_layer=6, d_model=64, d_state=16)),
         }
         for name, model in models.items():
             calls = {

@@ -36,6 +36,7 @@ GROUP_COLUMNS = [
     "command, with `--seed` 0, 1, ...", "runs", "solved", "paths right", "forced: first hop",
     "later nodes", "hops learned at", "steps", "examples", "minutes",
 ]
+MODELS = {"gpt": "Transformer", "mamba": "Mamba"}
 RUN_COLUMNS = ["log", "seed", "paths right", "at step", "minutes", "on"]
 
 
@@ -153,6 +154,8 @@ def main():
     for file in folder.glob("*.jsonl"):
         run = Run(file)
         groups.setdefault(run.command, []).append(run)
+    if not groups:
+        sys.exit(f"table.py: there are no logs in {folder}")
     group_rows, run_rows = [], []
     for command in sorted(groups, key=group_order):
         runs = sorted(groups[command], key=lambda run: run.config["seed"])

@@ -9,7 +9,7 @@ of those on the default graph.
 import json
 from pathlib import Path
 
-from table import Run, learned_at, print_table
+from table import MODELS, Run, learned_at, print_table
 
 HERE = Path(__file__).resolve().parent
 
@@ -61,8 +61,8 @@ LARGER_GRAPHS = """\
 None of these runs was solved. One has 3,000 steps at most, and its learning rate, which falls from
 the start, was at 0 before the first hop was learned. With 8,000 steps at most, the Mamba solves
 this graph with three of three seeds ([README.md](README.md)). All other runs were stopped before
-their last step, when the time on the GPU was over. The Mamba on eight nodes begins at the wrong end: it names a neighbour of the start,
-and has not learned a look-up from the goal.
+their last step, when the time on the GPU was over. The Mamba on eight nodes begins at the wrong
+end: it names a neighbour of the start, and has not learned a look-up from the goal.
 """
 NEXT_LATENT = """
 ## Next latent, in another form
@@ -140,9 +140,10 @@ def main():
     others = [run for run in all_runs if not is_of_next_latent(run)]
     runs = sorted(filter(is_default_graph, others), key=order)
     print(INTRODUCTION)
-    for model, title in (("gpt", "Transformer"), ("mamba", "Mamba")):
+    for model, title in MODELS.items():
         print(f"## {title}\n")
-        print_table(SETTINGS[model] + COLUMNS, [row(r) for r in runs if r.config["model"] == model])
+        rows = [row(run) for run in runs if run.config["model"] == model]
+        print_table(SETTINGS[model] + COLUMNS, rows)
         print()
     print(LARGER_GRAPHS)
     columns = [
