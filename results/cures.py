@@ -73,17 +73,19 @@ What they suggest; the reasons are guesses, and were not tested:
   examples than with the heads or the bag. The Mamba ends with the cheat, after a sixth of the
   Transformer's examples.
 - The network of next latent reads the true next nodes, so it need not know the arm in advance. No
-  run was solved. But two of five were leaving the cheat, slowly, when their steps were over: a
-  Mamba with 67 % of the first hops right, and a Transformer with 72 %. It may matter where the
-  predictions are compared. In another form of the patch, which does so in the prompt as well and
-  looks four steps ahead, none of four runs left the cheat ([tried.md](../tried.md)).
+  run was solved. Two of six on the default graph had left the cheat at their ends: a Mamba with
+  67 % of the first hops right, still rising, and a Transformer with 72 %, no longer rising. One
+  Transformer had learned no hop. In another form of the patch, which compares predictions in the
+  prompt as well and looks four steps ahead, none of four such runs left the cheat
+  ([tried.md](../tried.md)).
 - Half and half shortens the Transformer's plateau. It lengthens the Mamba's, and brings it to all
   hops but the first, and one seed to 98.9 % of the paths.
-- With five arms, one run of twelve was solved: that of a Mamba with look-ahead heads. Its bag of
-  words and its teacherless run end within the cascade, with the node before the goal right in 98 %
-  and in 58 % of the graphs. The Transformers end with the cheat for next token and token order.
-  With the other objectives they have learned no hop. Their training loss falls all the same: they
-  learn their 20,000 graphs by heart. The Mamba has 100,000.
+- With five arms, one run of fourteen was solved: that of a Mamba with look-ahead heads. Three other
+  Mambas end within the cascade: with next latent, the bag of words and teacherless, the node before
+  the goal is right in 99, 98 and 58 % of the graphs. Both models end with the cheat for next token
+  and token order. The Transformer has learned no hop with the other objectives. Its training loss
+  falls all the same: teacherless to 0.41, where guesses among the 15 inner nodes would cost 1.62.
+  It learns its 20,000 graphs by heart. The Mamba has 100,000.
 
 Where this differs from the papers. Token order and next latent solve G(5,5) there, with models of 8
 and 12 layers of width 384, and with 300,000 graphs in batches of 4,096 or 200,000 in batches of
@@ -176,12 +178,7 @@ def print_overview():
         for deg, path_len, _, model in cells():
             runs = logs_of(model, objective, deg, path_len)
             solved, examples = count_solved(runs)
-            if not runs:
-                row.append("not run")
-            elif examples is None:
-                row.append(solved)
-            else:
-                row.append(f"{solved}, {examples}")
+            row.append(solved if examples is None else f"{solved}, {examples}")
         rows.append(row)
     print_table(columns, rows)
 
@@ -214,8 +211,7 @@ def main():
         for objective in CURES:
             runs = logs_of(model, objective, deg, path_len)
             graph = f"G({deg},{path_len}), {num_nodes} names"
-            if runs:
-                rows.append(details(graph, model, objective, runs))
+            rows.append(details(graph, model, objective, runs))
     print(INTRODUCTION)
     print_overview()
     print(DETAILS.format(difference=largest_difference()))

@@ -66,13 +66,11 @@ CURES = {                                              # the flags of train.py, 
     "next_latent": ([], "next_latent"),
 }
 ALL = tuple(CURES)
-ALL_BUT_NEXT_LATENT = ALL[:-1]
 CURED = [       # deg, path_len, num_nodes, model, steps at most, objectives, seeds, further flags
-    (2, 5, 10, "gpt", 6000, ALL_BUT_NEXT_LATENT, range(3), FLOAT32),
-    (2, 5, 10, "gpt", 6000, ["next_latent"], range(2), FLOAT32),
+    (2, 5, 10, "gpt", 6000, ALL, range(3), FLOAT32),
     (2, 5, 10, "mamba", 2000, ALL, range(3), ""),
-    (5, 5, 22, "gpt", 6000, ALL_BUT_NEXT_LATENT, range(1), FLOAT32),
-    (5, 5, 22, "mamba", 6000, ALL_BUT_NEXT_LATENT, range(1), FLOAT32),
+    (5, 5, 22, "gpt", 6000, ALL, range(1), FLOAT32),
+    (5, 5, 22, "mamba", 6000, ALL, range(1), FLOAT32),
 ]
 
 
