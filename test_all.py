@@ -2138,6 +2138,22 @@ def test_estimate_of_a_step(monkeypatch):
     assert flop == pytest.approx(6 * weights * tokens, rel=0.01)
 
 
+@pytest.mark.parametrize("command", [
+    ("data.py", "-n", "20000"), ("results/reproduce.py", "--list"), ("results/paper.py", "--list")
+])
+def test_a_reader_may_stop_reading(command):
+    """As in `python data.py -n 20000 | head`: no traceback."""
+    script, *flags = command
+    process = subprocess.Popen(
+        [sys.executable, "-u", HERE / script, *flags], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.wait()
+
+
 def test_runs_of_the_papers_size_are_started(monkeypatch, tmp_path):
     """In the folder out/paper, here with small runs, two at a time."""
     monkeypatch.syspath_prepend(HERE / "results")

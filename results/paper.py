@@ -215,4 +215,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # as in `python results/paper.py --list | head`
+        sys.stderr.close()

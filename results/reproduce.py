@@ -244,4 +244,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # as in `python results/reproduce.py --list | head`
+        sys.stderr.close()
