@@ -71,6 +71,7 @@ CURED = [       # deg, path_len, num_nodes, model, steps at most, objectives, se
     (2, 5, 10, "mamba", 2000, ALL, range(3), ""),
     (5, 5, 22, "gpt", 6000, ALL, range(1), FLOAT32),
     (5, 5, 22, "mamba", 6000, ALL, range(1), FLOAT32),
+    (5, 5, 22, "mamba", 6000, ["look_ahead"], range(1, 3), FLOAT32),
 ]
 
 
