@@ -1318,7 +1318,7 @@ def test_a_run_stops_when_the_task_is_solved(monkeypatch, tmp_path, capsys):
     """With one arm of one edge there is nothing to plan."""
     assert call(
         monkeypatch, train, "--model", "mamba", "--deg", 1, "--path_len", 2, "--num_nodes", 20,
-        "--n_train", 0, "--n_test", 50, "--n_layer", 1, "--n_embd", 32, "--batch_size", 64,
+        "--n_train", 0, "--n_test", 100, "--n_layer", 1, "--n_embd", 32, "--batch_size", 64,
         "--lr", 0.01, "--max_iters", 3000, "--eval_interval", 25, "--out_dir", tmp_path
     ) == 0
     last = read_log(tmp_path)[-1]
