@@ -2031,6 +2031,18 @@ def test_readme_tells_when_the_mamba_escapes():
     assert solved == [guessing + int(escaping.replace(",", ""))]
 
 
+def test_the_long_runs_still_guess():
+    """After five times the steps that the teacherless run of the same seed took."""
+    logs = [*LOGS.glob("*-teacher_forced-long-seed*"), *LOGS.glob("*-first_hop-long-seed*")]
+    for log in logs:
+        header, *lines = [json.loads(line) for line in log.read_text().splitlines()]
+        model, seed = header["config"]["model"], header["config"]["seed"]
+        cured = (LOGS / f"{model}-teacherless-seed{seed}.jsonl").read_text().splitlines()[-1]
+        assert lines[-1]["iter"] >= 5 * json.loads(cured)["iter"], log.name
+        assert 0.45 < lines[-1]["node_accuracy"][1] < 0.55, log.name
+    assert {log.name.split("-")[0] for log in logs} == {"gpt", "mamba"}
+
+
 def steps_until_solved(model, n_layer):
     """-> the number of recorded teacherless runs, and the steps of those that were solved"""
     name = f"{model}-teacherless-len5-layers{n_layer}"

@@ -32,7 +32,11 @@ OBJECTIVES = {
     "first_hop": ["--only_first_hop"],
 }
 SEEDS = range(5)
-LONG_RUNS = [("gpt", 2, 13000), ("mamba", 0, 5000)]    # model, seed, steps
+LONG_RUNS = [                       # model, objective, seed, steps
+    ("gpt", "teacher_forced", 2, 13000),
+    ("mamba", "teacher_forced", 0, 5000),
+    ("mamba", "first_hop", 0, 5000),
+]
 FLOAT32 = "--dtype float32"         # as on a CPU; most runs with this were made on a GPU
 TRANSFORMER_ON_FURTHER_GRAPHS = [(2, 3), (2, 4), (2, 6), (3, 5), (5, 5)]   # (deg, path_len)
 MAMBA_ON_FURTHER_GRAPHS = {         # beside --model mamba
@@ -84,10 +88,11 @@ def experiments():
                 name = f"{model}-{objective}-seed{seed}"
                 runs[name] = ["--model", model, *flags, "--seed", str(seed)]
 
-    # Teacher-forced with five times the steps that the seed needs teacherless.
-    for model, seed, steps in LONG_RUNS:
-        name = f"{model}-teacher_forced-long-seed{seed}"
-        runs[name] = ["--model", model, "--seed", str(seed), "--max_iters", str(steps)]
+    # Five times the steps that the seed needs teacherless.
+    for model, objective, seed, steps in LONG_RUNS:
+        name = f"{model}-{objective}-long-seed{seed}"
+        seed_and_steps = ["--seed", str(seed), "--max_iters", str(steps)]
+        runs[name] = ["--model", model, *OBJECTIVES[objective], *seed_and_steps]
 
     for name, flags in MAMBA_ON_FURTHER_GRAPHS.items():
         runs[name] = ["--model", "mamba", *flags.split()]
