@@ -48,6 +48,8 @@ MAMBA_ON_FURTHER_GRAPHS = {         # beside --model mamba
     "mamba-teacher_forced-deg2-len6-seed0": "--deg 2 --path_len 6 --num_nodes 12 --n_layer 8",
     "mamba-teacherless-deg2-len6-seed0":
         "--teacherless --deg 2 --path_len 6 --num_nodes 12 --n_layer 8 --max_iters 4000",
+    "mamba-teacherless-deg2-len6-long-seed2":
+        "--teacherless --deg 2 --path_len 6 --num_nodes 12 --n_layer 8 --max_iters 8000 --seed 2",
     "mamba-teacher_forced-deg3-len5-seed0": "--deg 3 --path_len 5 --num_nodes 14 --n_layer 6",
 }
 for seed in range(3):
