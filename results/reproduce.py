@@ -35,6 +35,7 @@ SEEDS = range(5)
 LONG_RUNS = [                       # model, objective, seed, steps
     ("gpt", "teacher_forced", 2, 13000),
     ("mamba", "teacher_forced", 0, 5000),
+    ("mamba", "teacher_forced", 1, 6500),
     ("mamba", "first_hop", 0, 5000),
 ]
 FLOAT32 = "--dtype float32"         # as on a CPU; most runs with this were made on a GPU
