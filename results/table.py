@@ -25,8 +25,8 @@ The first table has the mean over the seeds (least - greatest).
 - *Hops learned at*: the step from which the first hop (the node after the start), the second, ...
   up to the node before the goal was right in 95 % of the graphs at every evaluation, in teacherless
   training.
-- *Minutes*: on one core of a machine that did other things, too. Runs with `--dtype float32` were
-  made on a GPU that had fifteen others at the same time.
+- *Minutes*: on one core of a machine that did other things, too. Most runs with `--dtype float32`
+  were made on a GPU that had fifteen others at the same time. The second table says which.
 
 The Transformer's run of 13,000 steps with seed 2 and its runs of 3,000 steps on other graphs were
 made with GPT-2's approximate GELU. The Transformer of today has the exact one, so they do not come
