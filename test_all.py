@@ -2234,7 +2234,7 @@ def test_solutions_of_the_exercises_fit():
 
 
 def test_the_seconds_of_the_first_command_are_those_of_its_log():
-    for name in ("first_command", "first_command_slower"):
+    for name in ("first_command", "first_command_slower", "first_command_faster"):
         log = (HERE / "results" / f"{name}.jsonl").read_text().splitlines()
         assert json.loads(log[0])["command"] == "python train.py --model mamba --teacherless"
         assert f"trained for {json.loads(log[-1])['elapsed_s']:.0f} seconds" in README
