@@ -55,7 +55,7 @@ DETAILS = """
 *Paths right* and *first hop* are those at the end of the runs, *at most* is the number of examples
 at which a run ends if it is not solved before. *A step* is its time, relative to that of next-token
 training, on the default graph and a CPU: the median of three measurements. They differ by up to
-{difference:.1f}, so a step with heads takes about as long as one without.
+{difference:.1f}, so differences of 0.2 and less mean nothing.
 """
 CONCLUSION = """
 ![examples until solved, for each objective](../figures/cures.svg)
@@ -66,8 +66,8 @@ What they suggest; the reasons are guesses, and were not tested:
   plan. What helps is to ask for the later nodes at positions that have not read it. Teacherless
   training does so everywhere. The look-ahead heads and the bag of words do at the position that
   predicts the first hop, and at those before. Both models learn to plan from all three. With heads
-  or bag, the Transformer does so sooner than teacherless with each of three seeds. The Mamba does
-  with two of three for each, and takes as long with the third.
+  and with the bag, the Transformer does so sooner than teacherless, for each of three seeds. The
+  Mamba does for two of three seeds, and takes as long for the third.
 - Token order asks that position for the later nodes, too, but its target gives the one before the
   goal a share of 9 %, and the next one 64 %. The Transformer learns to plan from it, but needs more
   examples than with the heads or the bag. The Mamba ends with the cheat, after a sixth of the
