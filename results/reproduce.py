@@ -62,7 +62,7 @@ DEPTHS = [                          # model, layers, seeds, further flags
     ("mamba", (2, 3, 4), range(3), ""),
     ("mamba", (8,), range(1), ""),
     ("gpt", (2, 3, 4), range(3), FLOAT32),
-    ("gpt", (8,), range(4), FLOAT32),
+    ("gpt", (8,), range(5), FLOAT32),
 ]
 CURES = {                                              # the flags of train.py, and the patch
     "next_token": ([], None),
