@@ -1576,6 +1576,21 @@ def test_sample_marks_where_the_answer_leaves_the_path(capsys):
     assert not sample.explain([1, 4, 5], ARMS, [1, 2, 5], None, p)["real_arm"]
 
 
+@pytest.mark.parametrize("objective, shown", [((), True), (("--reverse",), False)])
+def test_sample_prints_the_cheat_accuracy(objective, shown, monkeypatch, tmp_path, capsys):
+    """But not of a reversed path, whose first hop is written last but one."""
+    assert call(monkeypatch, train, *TINY, *objective, "--out_dir", tmp_path / "run") == 0
+    capsys.readouterr()
+    assert call(monkeypatch, sample, "--out_dir", tmp_path / "run") == 0
+    assert ("cheat accuracy" in capsys.readouterr().out) == shown
+
+
+def test_probe_names_a_folder_without_a_run(tmp_path):
+    result = run("results/probe.py", tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("probe.py: ") and len(result.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("objective", [
     (), ("--teacherless",), ("--reverse",), ("--only_first_hop",), ("--model", "mamba")
 ])
@@ -2128,8 +2143,9 @@ def test_each_listed_experiment_is_on_record():
     logs = set()
     for line in listed:
         name, command = re.match(r"(\S+) +(python train.py .*?)(?:   .*)?$", line).groups()
-        folder = LOGS.parent if name.startswith("cures/") else LOGS
+        folder = LOGS
         if name.startswith("cures/"):
+            folder = LOGS.parent
             objective = name.split("-")[1]
             patched = objective not in ("next_token", "teacherless")
             assert patched == (f"   with {objective}.patch" in line), line
@@ -2145,11 +2161,17 @@ def test_estimate_of_a_step(monkeypatch):
     monkeypatch.syspath_prepend(HERE / "results")
     import paper
 
-    args, star, _, flop, _ = paper.count("mamba", 2, 5)
+    args, star, _, flop, kept = paper.count("mamba", 2, 5)
     model = train.build_model(args, star)
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     tokens = args.batch_size * (star.prefix_len + star.path_len - 1)
     assert flop == pytest.approx(6 * weights * tokens, rel=0.01)
+
+    # The kernels save a state for every 8 of the 31 tokens: four, where one chunk has one.
+    monkeypatch.setattr(scan_kernel, "TRITON_CHUNK", 31)
+    *_, less = paper.count("mamba", 2, 5)
+    state = 2 * args.n_embd * args.d_state * 4                  # bytes
+    assert kept - less == args.n_layer * args.batch_size * 3 * state
 
 
 @pytest.mark.parametrize("command", [

@@ -44,6 +44,20 @@ from model_gpt import GPT, GPTConfig  # noqa: E402
 from model_mamba import Mamba, MambaConfig  # noqa: E402
 
 
+GPT_DEFAULTS = train.DEFAULTS["gpt"]
+MAMBA_DEFAULTS = train.DEFAULTS["mamba"]
+
+
+def default_gpt(block_size, vocab_size, **more):
+    size = {name: GPT_DEFAULTS[name] for name in ("n_layer", "n_head", "n_embd")}
+    return GPT(GPTConfig(block_size, vocab_size, **size, **more))
+
+
+def default_mamba(vocab_size):
+    sizes = [MAMBA_DEFAULTS[name] for name in ("n_layer", "n_embd", "d_state")]
+    return Mamba(MambaConfig(vocab_size, *sizes))
+
+
 def take_turns(calls, seconds):
     """Calls the functions in turn, for about as many seconds -> {name: median milliseconds}"""
     once = 0.0
@@ -160,18 +174,19 @@ def mamba_steps(idx, targets):
     from mambapy.mamba import MambaConfig as MambapyConfig
     from transformers import MambaConfig as TransformersConfig
     from transformers import MambaForCausalLM
-    ours = Mamba(MambaConfig(vocab_size=14, n_layer=6, d_model=64, d_state=16))
+    n_layer, width, d_state = [MAMBA_DEFAULTS[name] for name in ("n_layer", "n_embd", "d_state")]
     transformers = MambaForCausalLM(TransformersConfig(
-        vocab_size=14, hidden_size=64, state_size=16, num_hidden_layers=6, use_mambapy=False
+        vocab_size=14, hidden_size=width, state_size=d_state, num_hidden_layers=n_layer,
+        use_mambapy=False
     ))
     mambapy = torch.nn.Sequential(
-        torch.nn.Embedding(14, 64),
-        MambapyLayers(MambapyConfig(d_model=64, n_layers=6, d_state=16)),
-        torch.nn.RMSNorm(64),
-        torch.nn.Linear(64, 14, bias=False),
+        torch.nn.Embedding(14, width),
+        MambapyLayers(MambapyConfig(d_model=width, n_layers=n_layer, d_state=d_state)),
+        torch.nn.RMSNorm(width),
+        torch.nn.Linear(width, 14, bias=False),
     )
     return {
-        "ours": training_step(ours, lambda model: model(idx)[0], targets),
+        "ours": training_step(default_mamba(14), lambda model: model(idx)[0], targets),
         "transformers": training_step(transformers, lambda model: model(idx).logits, targets),
         "mambapy": training_step(mambapy, lambda model: model(idx), targets),
     }
@@ -182,32 +197,39 @@ def gpt_steps(idx, targets, checkout):
     spec = importlib.util.spec_from_file_location("nanogpt", Path(checkout) / "model.py")
     nanogpt = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(nanogpt)
-    size = dict(block_size=31, vocab_size=14, n_layer=6, n_head=4, n_embd=64)
+    size = {name: GPT_DEFAULTS[name] for name in ("n_layer", "n_head", "n_embd")}
     with contextlib.redirect_stdout(io.StringIO()):             # it prints its size
-        theirs = nanogpt.GPT(nanogpt.GPTConfig(**size, dropout=0.0))
+        theirs = nanogpt.GPT(nanogpt.GPTConfig(31, 14, **size, dropout=0.0))
 
     def get_logits(model):
         return model(idx, targets)[0]  # without targets, nanoGPT gives the last logits only
 
     return {
-        "ours": training_step(GPT(GPTConfig(**size)), get_logits, targets),
+        "ours": training_step(default_gpt(31, 14), get_logits, targets),
         "ours, attention written out":
-            training_step(GPT(GPTConfig(**size, fused=False)), get_logits, targets),
+            training_step(default_gpt(31, 14, fused=False), get_logits, targets),
         "nanoGPT": training_step(theirs, get_logits, targets),
     }
+
+
+def batch_of(n):
+    """-> inputs and loss targets of n graphs, teacher-forced"""
+    graphs = draw(PathStar(2, 5, 10), n, np.random.default_rng(0))
+    prompts, targets = [torch.from_numpy(tokens) for tokens in graphs]
+    return train.model_input(prompts, targets), train.loss_targets(prompts, targets)
 
 
 def print_steps(args):
     print("## A training step, one thread each, default sizes (27 + 4 tokens)\n")
     torch.set_num_threads(1)
-    graphs = draw(PathStar(2, 5, 10), 128, np.random.default_rng(0))
-    prompts, targets = [torch.from_numpy(tokens) for tokens in graphs]
-    idx = train.model_input(prompts, targets)
-    loss_targets = train.loss_targets(prompts, targets)
-    ms = take_turns(mamba_steps(idx[:64], loss_targets[:64]), seconds=40)
-    print_step_times("Mamba, 6 layers, width 64, d_state 16, batch 64", 64, ms)
+    idx, loss_targets = batch_of(MAMBA_DEFAULTS["batch_size"])
+    ms = take_turns(mamba_steps(idx, loss_targets), seconds=40)
+    title = "Mamba, {n_layer} layers, width {n_embd}, d_state {d_state}, batch {batch_size}"
+    print_step_times(title.format(**MAMBA_DEFAULTS), len(idx), ms)
+    idx, loss_targets = batch_of(GPT_DEFAULTS["batch_size"])
     ms = take_turns(gpt_steps(idx, loss_targets, args.nanogpt), seconds=20)
-    print_step_times("Transformer, 6 layers, width 64, 4 heads, batch 128", 128, ms)
+    title = "Transformer, {n_layer} layers, width {n_embd}, {n_head} heads, batch {batch_size}"
+    print_step_times(title.format(**GPT_DEFAULTS), len(idx), ms)
 
 
 # ---- The training loop of the paper's authors
@@ -386,8 +408,8 @@ def print_generation(args):
         prompts = torch.from_numpy(prefixes)
         longest = star.prefix_len + star.path_len
         models = {
-            "gpt": GPT(GPTConfig(longest, star.vocab_size, n_layer=6, n_head=4, n_embd=64)),
-            "mamba": Mamba(MambaConfig(star.vocab_size, n_layer=6, d_model=64, d_state=16)),
+            "gpt": default_gpt(longest, star.vocab_size),
+            "mamba": default_mamba(star.vocab_size),
         }
         for name, model in models.items():
             calls = {
