@@ -1,13 +1,14 @@
 """A decoder-only Transformer: GPT-2's architecture (Radford et al. 2019), written out.
 
 B  batch        T  tokens        C  n_embd, the width        vocab_size  number of tokens
+S  keys         d  C / n_head, the width of a head
 
 Parameters have the names and shapes of nanoGPT, so GPT-2's weights load with `strict=True` once
 its Conv1D matrices are transposed. There is no dropout. The GELU is exact, as in nanoGPT. GPT-2
 approximates it by a tanh, which is slow on a CPU; `approximate="tanh"` in the MLP does the same.
 Training starts from other weights than GPT-2's in three ways:
 - The table of positions begins as sinusoids, not as noise. Attention to "the token one to the
-  left" is then easy to express, and each step along a path is such a look.
+  left" is then easy to express.
 - The matrices begin larger in a narrow model. At GPT-2's width they begin as GPT-2's do.
 - What block i adds to the residual stream is scaled by 1 / i. (GPT-2: by 1 / sqrt(2 n_layer) in
   all blocks.) Both bound the variance. With 1 / i the lower blocks learn first: a circuit that

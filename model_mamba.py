@@ -138,7 +138,8 @@ class Mamba(nn.Module):
         # This gives logits of size 1. The package's 0.02 is for large widths: in a narrow model
         # the embedding would drown in what the first layer adds.
         nn.init.normal_(self.lm_head.weight, std=config.d_model ** -0.5)
-        # Later layers add less at first, as in model_gpt.py. The look-ups are then learned sooner.
+        # Layer i adds 1 / i as much at first, so the lower layers learn first. What takes several
+        # layers, one after the other, is then learned sooner.
         with torch.no_grad():
             for i, layer in enumerate(self.backbone.layers, start=1):
                 layer.mixer.out_proj.weight.div_(i)

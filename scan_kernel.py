@@ -666,7 +666,7 @@ def selective_scan(
 
 
 def main():
-    """Prints how long a scan takes here, beside the plain loop. results/scan_speed.py has more."""
+    """Prints how long a scan takes here, beside the plain loop."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch, seqlen, dim, dstate = 128, 31, 256, 16
     u, delta, z = torch.randn(3, batch, dim, seqlen, device=device)

@@ -32,11 +32,12 @@ OBJECTIVES = {
     "first_hop": ["--only_first_hop"],
 }
 SEEDS = range(5)
-LONG_RUNS = [                       # model, objective, seed, steps
-    ("gpt", "teacher_forced", 2, 13000),
-    ("mamba", "teacher_forced", 0, 5000),
-    ("mamba", "teacher_forced", 1, 6500),
-    ("mamba", "first_hop", 0, 5000),
+LONG_RUNS = [                       # model, objective, seed, steps, further flags
+    ("gpt", "teacher_forced", 1, 14500, "--n_layer 8"),
+    ("gpt", "teacher_forced", 2, 13000, ""),
+    ("mamba", "teacher_forced", 0, 5000, ""),
+    ("mamba", "teacher_forced", 1, 6500, ""),
+    ("mamba", "first_hop", 0, 5000, ""),
 ]
 FLOAT32 = "--dtype float32"         # as on a CPU; most runs with this were made on a GPU
 TRANSFORMER_ON_FURTHER_GRAPHS = [(2, 3), (2, 4), (2, 6), (3, 5), (5, 5)]   # (deg, path_len)
@@ -47,13 +48,13 @@ MAMBA_ON_FURTHER_GRAPHS = {         # beside --model mamba
         "--deg 2 --path_len 4 --num_nodes 10 --max_iters 3000",
     "mamba-teacherless-deg2-len4-seed0": "--teacherless --deg 2 --path_len 4 --num_nodes 10",
     "mamba-teacher_forced-deg2-len6-seed0": "--deg 2 --path_len 6 --num_nodes 12 --n_layer 8",
-    "mamba-teacherless-deg2-len6-seed0":
-        "--teacherless --deg 2 --path_len 6 --num_nodes 12 --n_layer 8 --max_iters 4000",
-    "mamba-teacherless-deg2-len6-long-seed2":
-        "--teacherless --deg 2 --path_len 6 --num_nodes 12 --n_layer 8 --max_iters 8000 --seed 2",
     "mamba-teacher_forced-deg3-len5-seed0": "--deg 3 --path_len 5 --num_nodes 14 --n_layer 6",
 }
 for seed in range(3):
+    MAMBA_ON_FURTHER_GRAPHS["mamba-teacherless-deg2-len6-seed0"] = (
+        "--teacherless --deg 2 --path_len 6 --num_nodes 12 --n_layer 12 --max_iters 5000 "
+        "--seed 0"
+    )
     MAMBA_ON_FURTHER_GRAPHS[f"mamba-teacherless-deg3-len5-seed{seed}"] = (
         "--teacherless --deg 3 --path_len 5 --num_nodes 14 --n_layer 6 --max_iters 8000 "
         f"--seed {seed} {FLOAT32}"
@@ -61,8 +62,8 @@ for seed in range(3):
 DEPTHS = [                          # model, layers, seeds, further flags
     ("mamba", (2, 3, 4), range(3), ""),
     ("mamba", (8,), range(1), ""),
-    ("gpt", (2, 3, 4), range(3), FLOAT32),
-    ("gpt", (8,), range(5), FLOAT32),
+    ("gpt", (2, 3, 4), range(3), f"--max_iters 6000 {FLOAT32}"),
+    ("gpt", (8,), range(5), f"--max_iters 6000 {FLOAT32}"),
 ]
 CURES = {                                              # the flags of train.py, and the patch
     "next_token": ([], None),
@@ -93,10 +94,10 @@ def experiments():
                 runs[name] = ["--model", model, *flags, "--seed", str(seed)]
 
     # Five times the steps that the seed needs teacherless.
-    for model, objective, seed, steps in LONG_RUNS:
+    for model, objective, seed, steps, more in LONG_RUNS:
         name = f"{model}-{objective}-long-seed{seed}"
-        seed_and_steps = ["--seed", str(seed), "--max_iters", str(steps)]
-        runs[name] = ["--model", model, *OBJECTIVES[objective], *seed_and_steps]
+        size = f"--seed {seed} --max_iters {steps} {more}"
+        runs[name] = ["--model", model, *OBJECTIVES[objective], *size.split()]
 
     for name, flags in MAMBA_ON_FURTHER_GRAPHS.items():
         runs[name] = ["--model", "mamba", *flags.split()]

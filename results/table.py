@@ -25,12 +25,14 @@ The first table has the mean over the seeds (least - greatest).
 - *Hops learned at*: the step from which the first hop (the node after the start), the second, ...
   up to the node before the goal was right in 95 % of the graphs at every evaluation, in teacherless
   training.
-- *Minutes*: on one core of a machine that did other things, too. Most runs with `--dtype float32`
-  were made on a GPU that had fifteen others at the same time. The second table says which.
+- *Minutes*: on one core of a machine that did other things, too. The machines differed up to
+  twofold. Most runs with `--dtype float32` were made on a GPU that had fifteen others at the same
+  time. The second table says which.
 
 The Transformer's run of 13,000 steps with seed 2 and its runs of 3,000 steps on other graphs were
 made with GPT-2's approximate GELU. The Transformer of today has the exact one, so they do not come
-out again to the digit.
+out again to the digit. Its run of 14,500 steps and its runs with `--max_iters 6000` were made when
+eight layers and 6,000 steps were its defaults. These flags were added to their commands since.
 """
 GROUP_COLUMNS = [
     "command, with `--seed` 0, 1, ...", "runs", "solved", "paths right", "forced: first hop",
@@ -101,6 +103,8 @@ def group_row(command, runs):
     """The row of the first table for the runs of one command."""
     ends = [run.end for run in runs]
     config = runs[0].config
+    if len(runs) == 1 and config["seed"] > 0:
+        command = f"{command} --seed {config['seed']}"
     first_hop = later_nodes = hops = "-"
     if not config["reverse"] and not config["only_first_hop"]:
         if config["teacherless"]:
