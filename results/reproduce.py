@@ -47,13 +47,13 @@ MAMBA_ON_FURTHER_GRAPHS = {         # beside --model mamba
     "mamba-teacher_forced-deg2-len4-seed0":
         "--deg 2 --path_len 4 --num_nodes 10 --max_iters 3000",
     "mamba-teacherless-deg2-len4-seed0": "--teacherless --deg 2 --path_len 4 --num_nodes 10",
-    "mamba-teacher_forced-deg2-len6-seed0": "--deg 2 --path_len 6 --num_nodes 12 --n_layer 8",
+    "mamba-teacher_forced-deg2-len6-seed0": "--deg 2 --path_len 6 --num_nodes 12 --n_layer 12",
     "mamba-teacher_forced-deg3-len5-seed0": "--deg 3 --path_len 5 --num_nodes 14 --n_layer 6",
 }
 for seed in range(3):
-    MAMBA_ON_FURTHER_GRAPHS["mamba-teacherless-deg2-len6-seed0"] = (
+    MAMBA_ON_FURTHER_GRAPHS[f"mamba-teacherless-deg2-len6-seed{seed}"] = (
         "--teacherless --deg 2 --path_len 6 --num_nodes 12 --n_layer 12 --max_iters 5000 "
-        "--seed 0"
+        f"--seed {seed}"
     )
     MAMBA_ON_FURTHER_GRAPHS[f"mamba-teacherless-deg3-len5-seed{seed}"] = (
         "--teacherless --deg 3 --path_len 5 --num_nodes 14 --n_layer 6 --max_iters 8000 "
