@@ -1196,6 +1196,7 @@ def test_verdicts():
         (wrong, targets, {}, "neither solved nor the cheat"),
         (answers[:, :2], forced[:, :2], {"only_first_hop": True}, "indecipherable"),
         (targets[:, :2], targets[:, :2], {"only_first_hop": True}, "finds the first hop"),
+        (wrong[:, :2], wrong[:, :2], {"only_first_hop": True, "deg": 20}, "neither solved"),
     ):
         result = train.summary(answers, forced, targets[:, :answers.size(1)])
         assert says in train.verdict(result, flags(**given), 400)
