@@ -49,9 +49,8 @@ The tests hold each loss to its equation, on small models.
 All objectives had the same data, models and number of steps at most. Only the Transformer's
 teacherless runs on G(2,5) had 8,000 instead of 6,000, and one took more than 6,000. The first table
 has the runs that were solved, with 99 % of the paths right, and the examples until then (the
-median).
-`python results/reproduce.py --list` has the command of each run, and `python results/cures.py`
-prints this page from the logs.
+median). `python results/reproduce.py --list` has the command of each run, and `python
+results/cures.py` prints this page from the logs.
 """
 DETAILS = """
 *Paths right* and *first hop* are those at the end of the runs, *at most* is the number of examples

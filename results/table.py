@@ -25,14 +25,15 @@ The first table has the mean over the seeds (least - greatest).
 - *Hops learned at*: the step from which the first hop (the node after the start), the second, ...
   up to the node before the goal was right in 95 % of the graphs at every evaluation, in teacherless
   training.
-- *Minutes*: on one core of a machine that did other things, too. The machines differed up to
-  twofold. Most runs with `--dtype float32` were made on a GPU that had fifteen others at the same
-  time. The second table says which.
+- *Minutes*: on one core of a machine that did other things, too, and not always of the same one.
+  Most runs with `--dtype float32` were made on a GPU that had fifteen others at the same time. The
+  second table says which.
 
 The Transformer's run of 13,000 steps with seed 2 and its runs of 3,000 steps on other graphs were
 made with GPT-2's approximate GELU. The Transformer of today has the exact one, so they do not come
-out again to the digit. Its run of 14,500 steps and its runs with `--max_iters 6000` were made when
-eight layers and 6,000 steps were its defaults. These flags were added to their commands since.
+out again to the digit. Its runs with `--max_iters 6000` were made when this was the default, and
+its run of 14,500 steps when `--n_layer 8` was tried as the default. These flags were added to their
+commands since.
 """
 GROUP_COLUMNS = [
     "command, with `--seed` 0, 1, ...", "runs", "solved", "paths right", "forced: first hop",
