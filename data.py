@@ -11,12 +11,13 @@ As tokens: node k is k, `|` is num_nodes, `=` is num_nodes + 1, `/` is num_nodes
 not tokens. `$` is num_nodes + 3: it stands in for target tokens in teacherless training. All up to
 and with `=` is the prefix, 3 deg (path_len - 1) + 3 tokens. The path, path_len tokens, follows it.
 
-    python data.py --deg 2 --path_len 5 --num_nodes 50 -n 3 --seed 0        prints three graphs
+    python data.py --deg 2 --path_len 5 --num_nodes 10 -n 3 --seed 0        prints three graphs
 """
 import argparse
+import errno
 import functools
-import itertools
 import math
+import os
 import re
 import sys
 
@@ -52,44 +53,41 @@ class PathStar:
         return f"G({self.deg},{self.path_len}) with {self.num_nodes} names"
 
     def count(self):
-        """The number of different prefixes."""
+        """The number of different graphs. The order in which the edges are listed does not count.
+        """
         names = math.perm(self.num_nodes, self.n_edges + 1)
-        arms = math.factorial(self.deg)                     # the order of the arms does not count,
-        edges = math.factorial(self.n_edges)                # the order of the edges does
-        return names // arms * edges * self.deg             # each arm's end can be the goal
+        # Nor does the order of the arms. The end of each of them can be the goal.
+        return names // math.factorial(self.deg) * self.deg
 
 
-def draw_distinct(rng, n, high, k):
-    """-> (n, k): rows of k different numbers below `high`, uniformly at random.
-
-    These are the first k steps of a Fisher-Yates shuffle, of all rows at once.
-    """
-    deck = np.tile(np.arange(high, dtype=np.int32), (n, 1))
-    row = np.arange(n)
-    for i in range(k):
-        j = rng.integers(i, high, size=n)
-        deck[row, i], deck[row, j] = deck[row, j], deck[row, i]
-    return deck[:, :k]
+# ---- Drawing graphs
 
 
 def draw(star, n, rng):
     """Draws n graphs independently -> prefixes (n, prefix_len), paths (n, path_len), int64."""
-    names = draw_distinct(rng, n, star.num_nodes, star.n_edges + 1)
+    every_name = np.tile(np.arange(star.num_nodes), (n, 1))
+    names = rng.permuted(every_name, axis=1)[:, :star.n_edges + 1]
     start = names[:, :1]
     arms = names[:, 1:].reshape(n, star.deg, star.path_len - 1)
     starts = np.broadcast_to(start[:, None], (n, star.deg, 1))
-    tails = np.concatenate([starts, arms[:, :, :-1]], axis=2)       # an edge leads from its tail
-    heads = arms                                                    # to its head
-    order = draw_distinct(rng, n, star.n_edges, star.n_edges)
+    tails = np.concatenate([starts, arms[:, :, :-1]], axis=2)   # an edge leads from its tail
+    heads = arms                                                # to its head
     edges = np.stack([tails, heads], axis=3).reshape(n, star.n_edges, 2)
-    edges = np.take_along_axis(edges, order[:, :, None], axis=1)    # (n, n_edges, 2)
+    order = rng.permuted(np.tile(np.arange(star.n_edges), (n, 1)), axis=1)
+    edges = np.take_along_axis(edges, order[:, :, None], axis=1)
     # Names and edges are in random order. So the goal may always be on the first arm.
     paths = np.concatenate([start, arms[:, 0]], axis=1)
-    return prefix_tokens(star, edges, paths), paths.astype(np.int64)
+    return prefix_tokens(star, edges, paths), paths
 
 
 def prefix_tokens(star, edges, paths):
-    """edges (n, n_edges, 2), paths (n, path_len) -> prefixes (n, prefix_len)"""
+    """edges (n, n_edges, 2), paths (n, path_len) -> prefixes (n, prefix_len)
+
+    Raises ValueError for a node that is not below num_nodes.
+    """
+    largest = edges.max(initial=0)
+    if largest >= star.num_nodes:
+        raise ValueError(f"node {largest} is out of range: names go up to {star.num_nodes - 1}")
     prefixes = np.full((len(paths), star.prefix_len), star.pipe)
     prefixes[:, 0:-3:3] = edges[:, :, 0]
     prefixes[:, 1:-3:3] = edges[:, :, 1]
@@ -101,135 +99,70 @@ def prefix_tokens(star, edges, paths):
 
 
 def edges_of(prefix):
-    """The edges [(a, b), ...] in the tokens of a prefix, a list."""
+    """The edges [(tail, head), ...] in the tokens of a prefix, a list."""
     return list(zip(prefix[0:-3:3], prefix[1:-3:3]))
 
 
-def to_text(prefix, path=()):
-    """The text form of a graph, given its tokens as lists. Without a path it ends with `=`."""
-    edges = "|".join(f"{a},{b}" for a, b in edges_of(prefix))
-    start, goal = prefix[-3], prefix[-2]
-    return f"{edges}/{start},{goal}=" + ",".join(map(str, path))
-
-
-# Reading graphs in text form
-
-NODE = "[0-9]{1,9}"
-EDGE = f"{NODE},{NODE}"
-LINE = re.compile(rf"({EDGE}(?:\|{EDGE})*)/({NODE}),({NODE})=({NODE}(?:,{NODE})*)?")
-
-
 def find_arms(edges, start):
-    """-> the arms [[start, ..., end], ...] of a graph with these edges [(a, b), ...]"""
-    after = {a: b for a, b in edges if a != start}
+    """-> the arms [[start, ..., end], ...] of a graph with these edges [(tail, head), ...]"""
+    after = {tail: head for tail, head in edges if tail != start}
     arms = []
-    for a, b in edges:
-        if a == start:
-            arm = [start, b]
+    for tail, head in edges:
+        if tail == start:
+            arm = [start, head]
             while arm[-1] in after:
                 arm.append(after.pop(arm[-1]))
             arms.append(arm)
     return arms
 
 
-def check_star(edges, start):
-    """-> the arms. Raises ValueError if the edges are not those of a path-star graph."""
-    arms = find_arms(edges, start)
-    nodes = [start] + [b for _, b in edges]
-    if not arms:
-        raise ValueError(f"not a star: no edge leaves the start {start}")
-    if len(set(nodes)) < len(nodes):
-        raise ValueError(f"not a star: node {max(nodes, key=nodes.count)} is repeated")
-    if sum(len(arm) - 1 for arm in arms) < len(edges):
-        raise ValueError("not a star: some edges are on no arm")
-    if len({len(arm) for arm in arms}) > 1:
-        raise ValueError("not a star: its arms differ in length")
-    return arms
+def move_goals(prefixes):
+    """The same graphs, with the end of another arm as the goal.
 
-
-def parse_line(line, deg=None, path_len=None, num_nodes=None):
-    """A graph in text form, with its path or without -> edges [(a, b), ...], path [start, ...].
-
-    Raises ValueError for a line that is not a path-star graph with its right path, and for a graph
-    that has another deg or path_len than is given, or names from num_nodes up.
+    prefixes (n, prefix_len) of graphs with two or more arms -> prefixes in which only the goal is
+    another, and the paths to it (n, path_len)
     """
-    match = LINE.fullmatch(line)
-    if not match:
-        raise ValueError(f"{line[:60]!r} is not of the form a,b|c,d|.../start,goal=start,...,goal")
-    edges = []
-    for edge in match[1].split("|"):
-        a, b = edge.split(",")
-        edges.append((int(a), int(b)))
-    start, goal = int(match[2]), int(match[3])
-    arms = check_star(edges, start)
-    path = None
-    for arm in arms:
-        if arm[-1] == goal:
-            path = arm
-    if path is None:
-        raise ValueError(f"the goal {goal} is not the end of an arm")
-    if match[4] is not None and [int(node) for node in match[4].split(",")] != path:
-        raise ValueError(f"the path {match[4]} is not the arm from {start} to {goal}")
-    if deg not in (None, len(arms)) or path_len not in (None, len(path)):
-        raise ValueError(
-            f"a graph with deg {len(arms)} and path_len {len(path)}, where deg {deg or len(arms)} "
-            f"and path_len {path_len or len(path)} are expected"
-        )
-    largest = max(max(edge) for edge in edges)
-    if num_nodes is not None and largest >= num_nodes:
-        raise ValueError(f"node {largest} is out of range: the names go from 0 to {num_nodes - 1}")
-    return edges, path
+    moved = prefixes.copy()
+    paths = []
+    for prefix in moved:
+        *_, start, goal, _ = prefix.tolist()
+        arms = find_arms(edges_of(prefix.tolist()), start)
+        ends = [arm[-1] for arm in arms]
+        arm = arms[(ends.index(goal) + 1) % len(arms)]
+        prefix[-2] = arm[-1]
+        paths.append(arm)
+    return moved, np.array(paths)
 
 
-def read_graphs(file, n=None, deg=None, path_len=None, num_nodes=None):
-    """The first n graphs of a file (None: all) -> edges (n, n_edges, 2), paths (n, path_len).
+# ---- Training and test sets
 
-    All graphs must have their paths, and one size: the given one, or that of the first line.
-    Raises ValueError with the file's name and the line's number if one has not, and if there are
-    fewer than n.
+
+def graph_keys(star, prefixes):
+    """One bytes object for each graph. Prefixes of the same graph have the same one.
+
+    It holds the edges as a set, the start and the goal: the order of the edges does not count.
     """
-    edges, paths = [], []
-    with open(file, errors="replace") as lines:
-        for number, line in enumerate(itertools.islice(lines, n), start=1):
-            line = line.strip()
-            try:
-                line_edges, path = parse_line(line, deg, path_len, num_nodes)
-                if line.endswith("="):
-                    raise ValueError("the path is missing")
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}: {error}") from None
-            edges.append(line_edges)
-            paths.append(path)
-            path_len = len(path)
-            deg = len(line_edges) // (path_len - 1)
-    if not paths:
-        raise ValueError(f"{file} is empty: expected one graph a line, as in 0,1|0,2/0,2=0,2")
-    if n is not None and len(paths) < n:
-        raise ValueError(f"{file} has {len(paths)} graphs, fewer than the {n} asked for")
-    return np.array(edges), np.array(paths)
-
-
-# Training and test sets
-
-
-def keys(prefixes):
-    """One bytes object for each row, to look it up in a set."""
-    return [row.tobytes() for row in prefixes.astype(np.int32)]
+    edges = np.sort(prefixes[:, 0:-3:3] * star.num_nodes + prefixes[:, 1:-3:3], axis=1)
+    rows = np.concatenate([edges, prefixes[:, -3:-1]], axis=1)
+    return [row.tobytes() for row in rows]
 
 
 def draw_unseen(star, n, rng, seen, distinct=True):
-    """Draws n graphs whose prefixes have no key in the set `seen` -> prefixes, paths.
+    """Draws n graphs without a key in the set `seen` -> prefixes, paths.
 
-    With `distinct`, no two of them are alike either.
+    With `distinct`, no two of them are alike either. Raises ValueError if there are too few.
     """
-    at_once = max(1, (1 << 18) // star.num_nodes)           # draw_distinct stays in the cache then
+    needed = len(seen) + (max(n, 1) if distinct else 1)
+    if needed > star.count():
+        raise ValueError(f"there are only {star.count()} different graphs {star}, not {needed}")
+    at_once = max(1, (1 << 18) // star.num_nodes)               # they stay in the cache then
     seen = set(seen)
-    parts = [draw(star, 0, rng)]                            # no graphs, so that n may be 0
+    parts = [draw(star, 0, rng)]                                # no graphs, so that n may be 0
     missing = n
     while missing > 0:
         prefixes, paths = draw(star, min(missing, at_once), rng)
         new = []
-        for i, key in enumerate(keys(prefixes)):
+        for i, key in enumerate(graph_keys(star, prefixes)):
             if key not in seen:
                 new.append(i)
                 if distinct:
@@ -244,49 +177,35 @@ def datasets(deg, path_len, num_nodes, n_train, n_test, seed, train_file=None, t
     """Reads or draws a training set and a test set.
 
     A set is the first n graphs of its file (n None: all). Without a file, n graphs are drawn from
-    the seed: no two are alike, and none is in the other set. Files determine deg and path_len, and
-    num_nodes where it is None.
+    the seed: no two are alike, and none is in the other set. Of what a file determines, deg,
+    path_len and num_nodes may be None.
 
     Returns the PathStar; (prefixes, paths) for training; (prefixes, paths) for testing.
     Raises ValueError for a malformed file, for sizes that contradict each other, and if there are
     too few different graphs; OSError for a file that cannot be read.
     """
-    train_graphs = test_graphs = None
-    largest = 0
-    if train_file is not None:
-        train_graphs = read_graphs(train_file, n_train, deg, path_len, num_nodes)
-        n_edges, path_len = train_graphs[0].shape[1], train_graphs[1].shape[1]
-        deg = n_edges // (path_len - 1)
-        largest = train_graphs[0].max()
-    if test_file is not None:
-        test_graphs = read_graphs(test_file, n_test, deg, path_len, num_nodes)
-        n_edges, path_len = test_graphs[0].shape[1], test_graphs[1].shape[1]
-        deg = n_edges // (path_len - 1)
-        largest = max(largest, test_graphs[0].max())
-    star = PathStar(deg, path_len, int(largest) + 1 if num_nodes is None else num_nodes)
+    size = deg, path_len
+    read = {}
+    for name, file, n in (("train", train_file, n_train), ("test", test_file, n_test)):
+        if file is not None:
+            edges, paths, size = read_graphs(file, n, size)
+            read[name] = edges, paths
+    if num_nodes is None:
+        num_nodes = 1 + max(int(edges.max()) for edges, _ in read.values())
+    star = PathStar(*size, num_nodes)
+    for name, (edges, paths) in read.items():
+        read[name] = prefix_tokens(star, edges, paths), paths
 
-    known = set()
-    if train_graphs is not None:
-        edges, paths = train_graphs
-        train = prefix_tokens(star, edges, paths), paths
-        known.update(keys(train[0]))
-    if test_graphs is not None:
-        edges, paths = test_graphs
-        test = prefix_tokens(star, edges, paths), paths
-        overlap = sum(key in known for key in keys(test[0]))
-        if overlap > 0:
-            print(f"warning: {overlap} of the test graphs are training graphs", file=sys.stderr)
-        known.update(keys(test[0]))
-    needed = len(known)
-    needed += n_test if test_graphs is None else 0
-    needed += max(n_train, 1) if train_graphs is None else 0
-    if needed > star.count():
-        raise ValueError(f"there are only {star.count()} different graphs {star}, not {needed}")
-    if test_graphs is None:
-        test = draw_unseen(star, n_test, np.random.default_rng([seed, 1]), known)
-        known.update(keys(test[0]))
-    if train_graphs is None:
-        train = draw_unseen(star, n_train, np.random.default_rng([seed, 0]), known)
+    train, test = read.get("train"), read.get("test")
+    train_keys = set() if train is None else set(graph_keys(star, train[0]))
+    if test is None:
+        test = draw_unseen(star, n_test, np.random.default_rng([seed, 1]), train_keys)
+    test_keys = graph_keys(star, test[0])
+    if train is None:
+        train = draw_unseen(star, n_train, np.random.default_rng([seed, 0]), set(test_keys))
+    overlap = sum(key in train_keys for key in test_keys)
+    if overlap > 0:
+        print(f"warning: {overlap} of the test graphs are training graphs", file=sys.stderr)
     return star, train, test
 
 
@@ -309,22 +228,124 @@ def batch_indices(n, batch_size, seed, step):
     return indices
 
 
-# Command line
+# ---- Graphs as text
+
+NODE = "[0-9]{1,9}"
+EDGE = f"{NODE},{NODE}"
+LINE = re.compile(rf"({EDGE}(?:\|{EDGE})*)/({NODE}),({NODE})=({NODE}(?:,{NODE})*)?")
 
 
-def positive_int(text):
-    """For argparse: raises ArgumentTypeError unless the text is a whole number from 1 up."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def to_text(prefix, path=()):
+    """The text form of a graph, given its tokens as lists. Without a path it ends with `=`."""
+    edges = "|".join(f"{tail},{head}" for tail, head in edges_of(prefix))
+    start, goal = prefix[-3], prefix[-2]
+    return f"{edges}/{start},{goal}=" + ",".join(map(str, path))
 
 
-def non_negative_int(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
-    return value
+def parse_graph(line):
+    """A graph in text form, with its path or without -> edges [(tail, head), ...], path.
+
+    Raises ValueError for a line that is not a path-star graph with its right path.
+    """
+    match = LINE.fullmatch(line.strip())
+    if not match:
+        raise ValueError(f"{line[:60]!r} is not of the form a,b|c,d|.../start,goal=start,...,goal")
+    edges = []
+    for edge in match[1].split("|"):
+        tail, head = edge.split(",")
+        edges.append((int(tail), int(head)))
+    start, goal = int(match[2]), int(match[3])
+    entered = [start] + [head for _, head in edges]
+    if len(set(entered)) < len(entered):
+        raise ValueError("not a star: an edge leads to the start, or two lead to the same node")
+    arms = find_arms(edges, start)
+    if sum(len(arm) - 1 for arm in arms) < len(edges):
+        raise ValueError(f"not a star: some edges are on no arm of the start {start}")
+    if len({len(arm) for arm in arms}) > 1:
+        raise ValueError("not a star: its arms differ in length")
+    for path in arms:
+        if path[-1] == goal:
+            break
+    else:
+        raise ValueError(f"the goal {goal} is not the end of an arm")
+    if match[4] is not None and [int(node) for node in match[4].split(",")] != path:
+        raise ValueError(f"the path {match[4]} is not the arm from {start} to {goal}")
+    return edges, path
+
+
+def read_graphs(file, n=None, size=(None, None)):
+    """The first n graphs of a file (None: all), which have the size (deg, path_len).
+
+    None stands for that of the first graph. Returns edges (n, n_edges, 2), paths (n,
+    path_len), and the size. Raises ValueError, with the file's name and the line's number, for a
+    line that is not such a graph with its path, and if there are fewer than n.
+    """
+    all_edges, paths = [], []
+    with open(file, encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if len(paths) == n:
+                break
+            if line.isspace():
+                continue
+            try:
+                edges, path = parse_graph(line)
+                if line.strip().endswith("="):
+                    raise ValueError("the path is missing")
+                size_here = len(edges) // (len(path) - 1), len(path)
+                if any(given not in (None, here) for given, here in zip(size, size_here)):
+                    raise ValueError(
+                        "a graph with deg {} and path_len {}, where deg {} and path_len {} are "
+                        "expected".format(*size_here, *size)
+                    )
+                size = size_here
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: {error}") from None
+            all_edges.append(edges)
+            paths.append(path)
+    if not paths:
+        raise ValueError(f"{file} is empty: expected one graph a line, as in 0,1|0,2/0,2=0,2")
+    if n is not None and len(paths) < n:
+        raise ValueError(f"{file} has {len(paths)} graphs, fewer than the {n} asked for")
+    return np.array(all_edges), np.array(paths), size
+
+
+# ---- Command line
+
+
+def bounded(kind, low, high=10 ** 9):
+    """A type for argparse's flags: numbers of a kind, from `low` up and below `high`."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"must be from {low} up and below {high:g}")
+        return value
+
+    parse.__name__ = kind.__name__                              # argparse names it in its messages
+    return parse
+
+
+positive_int = bounded(int, 1)
+non_negative_int = bounded(int, 0)
+
+
+def run_script(main):
+    """Runs the main function of a script.
+
+    Ctrl-C, a closed pipe (`| head`) and a full disk end it without a traceback.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")            # it may be closed from the start
+    sys.stdout.reconfigure(errors="backslashreplace")           # for names that it cannot encode
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # Python flushes stdout once more when it exits. Let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1 if error.errno == errno.EPIPE else f"cannot write: {error.strerror}")
 
 
 def main():
@@ -336,11 +357,11 @@ def main():
     )
     parser.add_argument("--deg", type=positive_int, default=2, help="arms of a graph")
     parser.add_argument("--path_len", type=positive_int, default=5, help="nodes on a path")
-    parser.add_argument("--num_nodes", type=positive_int, default=50, help="names to draw from")
+    parser.add_argument("--num_nodes", type=positive_int, default=10, help="names to draw from")
     parser.add_argument("-n", type=non_negative_int, default=1, help="number of graphs")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the random numbers")
     args = parser.parse_args()
-    rng = np.random.default_rng([args.seed, 3])             # no run of train.py uses this stream
+    rng = np.random.default_rng([args.seed, 3])                 # no run of train.py uses this one
     missing = args.n
     try:
         star = PathStar(args.deg, args.path_len, args.num_nodes)
@@ -350,11 +371,8 @@ def main():
                 print(to_text(prefix, path))
             missing -= len(paths)
     except (ValueError, MemoryError) as error:
-        parser.error(str(error))
+        parser.error(str(error) or "not enough memory")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # as in `python data.py -n 1000 | head`
-        sys.stderr.close()
+    run_script(main)

@@ -7,12 +7,11 @@ Parameters have the names and shapes of nanoGPT, so GPT-2's weights load with `s
 its Conv1D matrices are transposed. There is no dropout. The GELU is exact, as in nanoGPT. GPT-2
 approximates it by a tanh, which is slow on a CPU; `approximate="tanh"` in the MLP does the same.
 Training starts from other weights than GPT-2's in three ways:
-- The table of positions begins as sinusoids, not as noise. Attention to "the token one to the
-  left" is then easy to express.
+- The table of positions begins as sinusoids, not as noise, and twice as large as the other
+  weights. Attention to "the token one to the left" is then easy to express.
 - The matrices begin larger in a narrow model. At GPT-2's width they begin as GPT-2's do.
 - What block i adds to the residual stream is scaled by 1 / i. (GPT-2: by 1 / sqrt(2 n_layer) in
-  all blocks.) Both bound the variance. With 1 / i the lower blocks learn first: a circuit that
-  forms high in the stack leaves no blocks for the steps that must follow it.
+  all blocks.) Here a task of several look-ups in a row was then learned sooner.
 """
 import math
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    fused: bool = True        # by PyTorch's attention kernel; False: written out
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -51,24 +49,12 @@ def attention(q, k, v):
     return scores.softmax(dim=3) @ v                                # (B, n_head, T, d)
 
 
-def fused_attention(q, k, v):
-    """The same in one kernel, which never stores the scores.
-
-    Its causal mask needs T = S. A single query sees all keys and needs no mask.
-    """
-    T, S = q.size(2), k.size(2)
-    if 1 < T < S:
-        return attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)   # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head = config.n_head
-        self.attend = fused_attention if config.fused else attention
 
     def forward(self, x, cache=None):
         """x (B, T, C) -> the same shape, and the cache: keys and values (B, n_head, S, d) so far.
@@ -84,7 +70,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k = torch.cat([cache[0], k], dim=2)
             v = torch.cat([cache[1], v], dim=2)
-        y = self.attend(q, k, v)
+        y = attention(q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)                      # heads side by side
         return self.c_proj(y), (k, v)
 
@@ -181,9 +167,19 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss
 
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As PyTorch's. Raises ValueError if lm_head and wte, which are one here, differ."""
+        check_tied(state_dict, "lm_head.weight", "transformer.wte.weight")
+        return super().load_state_dict(state_dict, strict, assign)
+
     @torch.no_grad()
     def generate(self, idx, max_new_tokens):
-        """Continues idx (B, T) greedily -> (B, T + max_new_tokens). Each token costs one step."""
+        """Continues idx (B, T) greedily -> (B, T + max_new_tokens). Each token costs one step.
+
+        Raises ValueError if there is no token to continue.
+        """
+        if idx.size(1) == 0:
+            raise ValueError("generate needs at least one token to continue")
         tokens = [idx]
         caches = None
         for _ in range(max_new_tokens):
@@ -191,6 +187,12 @@ class GPT(nn.Module):
             logits = self.lm_head(x[:, -1:])
             tokens.append(logits.argmax(dim=2))
         return torch.cat(tokens, dim=1)
+
+
+def check_tied(state_dict, one, other):
+    if one in state_dict and other in state_dict:
+        if not torch.equal(state_dict[one], state_dict[other]):
+            raise ValueError(f"{one} and {other} differ: they are one tensor here")
 
 
 def sinusoids(length, width):

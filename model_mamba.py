@@ -20,7 +20,11 @@ d_conv        the width of the causal convolution before the scan (figure 3)
 
 Parameters have the names and shapes of the state-spaces/mamba package, so its published
 checkpoints load with `strict=True`. (They pad the vocabulary to a multiple of 8: give them
-vocab_size=50280.)
+vocab_size=50280.) Training starts from other weights than the package's in two ways:
+- The embedding, which is the lm_head too, begins with entries of size 1 / sqrt(d_model), not 0.02.
+  In a narrow model 0.02 would drown in what the first layer adds.
+- What layer i adds to the residual stream is scaled by 1 / i. (The package: by 1 / sqrt(n_layer)
+  in all layers.) Here a task of several look-ups in a row was then learned sooner.
 """
 import math
 from dataclasses import dataclass
@@ -96,16 +100,19 @@ class MambaBlock(nn.Module):
         u = F.silu(self.convolve(u))                                    # (B, L, d_inner)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=2)
         delta = F.linear(dt, self.dt_proj.weight)                       # the scan adds the bias
+        A = -torch.exp(self.A_log)
+        u, delta, B, C, z = [x.mT for x in (u, delta, B, C, z)]         # time comes last now
         y, ssm_state = selective_scan(
-            u.mT, delta.mT, -torch.exp(self.A_log), B.mT, C.mT, self.D, z.mT, self.dt_proj.bias,
+            u, delta, A, B, C, self.D, z, self.dt_proj.bias,
             delta_softplus=True, return_last_state=True, initial_state=ssm_state
-        )                                                               # time comes last there
+        )
         return self.out_proj(y.mT), (conv_state, ssm_state)
 
     def convolve(self, u):
         """Depthwise convolution over time: u (B, d_conv - 1 + L, d_inner) -> (B, L, d_inner)
 
-        It runs as a 2-d convolution of images of height 1. Conv1d would transpose u and back.
+        It runs as a 2-d convolution of images of height 1. Conv1d would transpose u and back, and
+        take about twice as long on a CPU.
         """
         image = u.mT[:, :, None]                                        # (B, d_inner, 1, L + ...)
         weight = self.conv1d.weight[:, :, None]
@@ -135,11 +142,7 @@ class Mamba(nn.Module):
         ))
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.lm_head.weight = self.backbone.embedding.weight            # tied
-        # This gives logits of size 1. The package's 0.02 is for large widths: in a narrow model
-        # the embedding would drown in what the first layer adds.
         nn.init.normal_(self.lm_head.weight, std=config.d_model ** -0.5)
-        # Layer i adds 1 / i as much at first, so the lower layers learn first. What takes several
-        # layers, one after the other, is then learned sooner.
         with torch.no_grad():
             for i, layer in enumerate(self.backbone.layers, start=1):
                 layer.mixer.out_proj.weight.div_(i)
@@ -171,9 +174,19 @@ class Mamba(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss
 
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As PyTorch's. Raises ValueError if lm_head and embedding, which are one here, differ."""
+        check_tied(state_dict, "lm_head.weight", "backbone.embedding.weight")
+        return super().load_state_dict(state_dict, strict, assign)
+
     @torch.no_grad()
     def generate(self, idx, max_new_tokens):
-        """Continues idx (B, L) greedily -> (B, L + max_new_tokens). Each token costs one step."""
+        """Continues idx (B, L) greedily -> (B, L + max_new_tokens). Each token costs one step.
+
+        Raises ValueError if there is no token to continue.
+        """
+        if idx.size(1) == 0:
+            raise ValueError("generate needs at least one token to continue")
         tokens = [idx]
         states = None
         for _ in range(max_new_tokens):
@@ -181,3 +194,9 @@ class Mamba(nn.Module):
             logits = self.lm_head(x[:, -1:])
             tokens.append(logits.argmax(dim=2))
         return torch.cat(tokens, dim=1)
+
+
+def check_tied(state_dict, one, other):
+    if one in state_dict and other in state_dict:
+        if not torch.equal(state_dict[one], state_dict[other]):
+            raise ValueError(f"{one} and {other} differ: they are one tensor here")

@@ -26,9 +26,12 @@ import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-from data import PathStar, batch_indices, datasets, draw, to_text  # noqa: E402
+from data import PathStar, batch_indices, datasets, draw, run_script, to_text  # noqa: E402
 from model_gpt import GPT, GPTConfig  # noqa: E402
-from train import make_optimizer, training_tokens  # noqa: E402
+from tables import markdown  # noqa: E402
+from train import (  # noqa: E402
+    commit, inputs_and_targets, make_optimizer, prefixes_and_solutions
+)
 
 STEPS, BATCH, LR = 30, 256, 1e-4
 OUR_NAMES = {
@@ -102,10 +105,11 @@ def train_both(checkout):
     settings = argparse.Namespace(
         teacherless=False, reverse=False, only_first_hop=False, lr=LR, weight_decay=0.0
     )
-    inputs, targets = training_tokens(settings, star, *train_set)
+    prefixes_and_paths = prefixes_and_solutions(settings, *train_set)
+    inputs, targets = inputs_and_targets(settings, star, *prefixes_and_paths)
     ours = GPT(GPTConfig(their_data.num_tokens, star.vocab_size, n_layer=6, n_head=6, n_embd=384))
     ours.load_state_dict(converted(theirs.state_dict()))
-    our_optimizer = make_optimizer(ours, settings, torch.device("cpu"))
+    our_optimizer = make_optimizer(ours, settings)
     their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=LR, weight_decay=0.0)
 
     losses, their_seconds, our_seconds = [], [], []
@@ -137,25 +141,24 @@ def train_both(checkout):
 
 
 def main():
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: {sys.argv[0]} CHECKOUT_OF_THEIR_REPOSITORY")
-    losses, their_seconds, our_seconds = train_both(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkout", help="of the authors' repository")
+    losses, their_seconds, our_seconds = train_both(parser.parse_args().checkout)
     theirs, ours = statistics.median(their_seconds), statistics.median(our_seconds)
     difference = max(abs(their_loss - our_loss) / their_loss for their_loss, our_loss in losses)
     print(
-        f"Made by `python results/authors.py Next-Token-Failures` on {datetime.date.today()}: "
-        f"{platform.machine()}, {torch.get_num_threads()} threads,\n"
-        f"Python {platform.python_version()}, torch {torch.__version__}, seed 0. "
-        "The docstring of `authors.py` says how.\n\n"
+        f"Made by `python results/authors.py Next-Token-Failures` on {datetime.date.today()}, at "
+        f"commit {commit()}:\n{platform.machine()}, {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, seed 0.\n\n"
         f"A step of theirs takes {1000 * theirs:.0f} ms, a step of ours {1000 * ours:.0f} ms "
         f"(medians, taking turns): {theirs / ours:.2f} times as long.\n"
         f"The losses, in float32, differ by {difference:.1e} of the loss at most:\n"
     )
-    print("| step | theirs | ours |")
-    print("|---|---|---|")
+    rows = []
     for step, (their_loss, our_loss) in enumerate(losses, start=1):
-        print(f"| {step} | {their_loss:.7f} | {our_loss:.7f} |")
+        rows.append([step, f"{their_loss:.7f}", f"{our_loss:.7f}"])
+    print(markdown(["step", "theirs", "ours"], rows), end="")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,261 +1,222 @@
-"""Runs the recorded experiments again, and compares what comes out with the record.
+"""Makes recorded runs again, and compares what comes out with the records.
 
-    python results/reproduce.py                           all, one after the other
-    python results/reproduce.py mamba-teacherless-seed0   one of them
-    python results/reproduce.py --list                    names, commands and recorded minutes
-    python results/reproduce.py --record ...              keeps the logs as the new record
+    python results/reproduce.py default/mamba-teacherless-seed0     one record
+    python results/reproduce.py default/ 'cures/*/gpt-deg2*'        all whose names begin so
+    python results/reproduce.py --list                              names, minutes and commands
+    python results/reproduce.py --record default/                   keeps the logs as the records
+    python results/reproduce.py --commands FILE --at_once 16        new runs, 16 at a time
 
-The runs go to out/reproduce/NAME. Those of a cure (results/cures) are made in a copy of the code
-with the cure's patch, in out/patched. The same command goes on where it was interrupted. Of each
-line of the log, all figures are compared but the time, and those that only one of both logs has.
+The name of a run is that of its log in results/logs. A record has its command in its first line;
+new runs have theirs in a file, with lines NAME: python train.py ... Runs go to out/reproduce/NAME,
+and go on where they were interrupted. A run in cures/X/ is made in a copy of the code, in
+out/patched/X, with results/cures/X.patch if there is one. All figures but times are compared.
 
 Another machine, number of threads or version of PyTorch rounds differently. A run that waits on a
 plateau then leaves it at another step.
 """
 import argparse
-import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 sys.path.insert(0, str(PROJECT))
+from data import positive_int, run_script  # noqa: E402
+from tables import LOGS, read_log  # noqa: E402
 from train import STOP_AT  # noqa: E402
 
-OBJECTIVES = {
-    "teacher_forced": [],
-    "teacherless": ["--teacherless"],
-    "reverse": ["--reverse"],
-    "first_hop": ["--only_first_hop"],
-}
-SEEDS = range(5)
-LONG_RUNS = [                       # model, objective, seed, steps, further flags
-    ("gpt", "teacher_forced", 1, 14500, "--n_layer 8"),
-    ("gpt", "teacher_forced", 2, 13000, ""),
-    ("mamba", "teacher_forced", 0, 5000, ""),
-    ("mamba", "teacher_forced", 1, 6500, ""),
-    ("mamba", "first_hop", 0, 5000, ""),
-]
-FLOAT32 = "--dtype float32"         # as on a CPU; most runs with this were made on a GPU
-TRANSFORMER_ON_FURTHER_GRAPHS = [(2, 3), (2, 4), (2, 6), (3, 5), (5, 5)]   # (deg, path_len)
-MAMBA_ON_FURTHER_GRAPHS = {         # beside --model mamba
-    "mamba-teacher_forced-deg2-len3-seed0": "--deg 2 --path_len 3 --num_nodes 10",
-    "mamba-teacherless-deg2-len3-seed0": "--teacherless --deg 2 --path_len 3 --num_nodes 10",
-    "mamba-teacher_forced-deg2-len4-seed0":
-        "--deg 2 --path_len 4 --num_nodes 10 --max_iters 3000",
-    "mamba-teacherless-deg2-len4-seed0": "--teacherless --deg 2 --path_len 4 --num_nodes 10",
-    "mamba-teacher_forced-deg2-len6-seed0": "--deg 2 --path_len 6 --num_nodes 12 --n_layer 12",
-    "mamba-teacher_forced-deg3-len5-seed0": "--deg 3 --path_len 5 --num_nodes 14 --n_layer 6",
-}
-for seed in range(3):
-    MAMBA_ON_FURTHER_GRAPHS[f"mamba-teacherless-deg2-len6-seed{seed}"] = (
-        "--teacherless --deg 2 --path_len 6 --num_nodes 12 --n_layer 12 --max_iters 5000 "
-        f"--seed {seed}"
-    )
-    MAMBA_ON_FURTHER_GRAPHS[f"mamba-teacherless-deg3-len5-seed{seed}"] = (
-        "--teacherless --deg 3 --path_len 5 --num_nodes 14 --n_layer 6 --max_iters 8000 "
-        f"--seed {seed} {FLOAT32}"
-    )
-DEPTHS = [                          # model, layers, seeds, further flags
-    ("mamba", (2, 3, 4), range(3), ""),
-    ("mamba", (8,), range(1), ""),
-    ("gpt", (2, 3, 4), range(3), f"--max_iters 6000 {FLOAT32}"),
-    ("gpt", (8,), range(5), f"--max_iters 6000 {FLOAT32}"),
-]
-CURES = {                                              # the flags of train.py, and the patch
-    "next_token": ([], None),
-    "teacherless": (["--teacherless"], None),
-    "half_and_half": (["--teacherless"], "half_and_half"),
-    "look_ahead": ([], "look_ahead"),
-    "token_order": ([], "token_order"),
-    "bag_of_words": ([], "bag_of_words"),
-    "next_latent": ([], "next_latent"),
-}
-ALL = tuple(CURES)
-CURED = [       # deg, path_len, num_nodes, model, steps at most, objectives, seeds, further flags
-    (2, 5, 10, "gpt", 6000, ALL, range(3), FLOAT32),
-    (2, 5, 10, "mamba", 2000, ALL, range(3), ""),
-    (5, 5, 22, "gpt", 6000, ALL, range(1), FLOAT32),
-    (5, 5, 22, "mamba", 6000, ALL, range(1), FLOAT32),
-    (5, 5, 22, "mamba", 6000, ["look_ahead"], range(1, 3), FLOAT32),
-]
+OUT = Path("out") / "reproduce"         # in the project
 
 
-def experiments():
-    """-> {name: flags of train.py}"""
-    runs = {}
-    for model in ("gpt", "mamba"):
-        for objective, flags in OBJECTIVES.items():
-            for seed in SEEDS:
-                name = f"{model}-{objective}-seed{seed}"
-                runs[name] = ["--model", model, *flags, "--seed", str(seed)]
-
-    # Five times the steps that the seed needs teacherless.
-    for model, objective, seed, steps, more in LONG_RUNS:
-        name = f"{model}-{objective}-long-seed{seed}"
-        size = f"--seed {seed} --max_iters {steps} {more}"
-        runs[name] = ["--model", model, *OBJECTIVES[objective], *size.split()]
-
-    for name, flags in MAMBA_ON_FURTHER_GRAPHS.items():
-        runs[name] = ["--model", "mamba", *flags.split()]
-    for deg, path_len in TRANSFORMER_ON_FURTHER_GRAPHS:
-        num_nodes = max(10, deg * (path_len - 1) + 2)
-        size = f"--deg {deg} --path_len {path_len} --num_nodes {num_nodes}".split()
-        for objective in ("teacher_forced", "teacherless"):
-            name = f"gpt-{objective}-deg{deg}-len{path_len}-seed0"
-            flags = ["--model", "gpt", *OBJECTIVES[objective], *size]
-            runs[name] = [*flags, "--max_iters", "3000"]
-
-    # Teacherless models of several depths. The default depth is among the runs above.
-    for model, depths, seeds, more in DEPTHS:
-        for n_layer in depths:
-            for seed in seeds:
-                name = f"{model}-teacherless-len5-layers{n_layer}-seed{seed}"
-                size = f"--path_len 5 --n_layer {n_layer} --seed {seed} {more}"
-                runs[name] = ["--model", model, "--teacherless", *size.split()]
-    return runs
-
-
-def cures():
-    """-> {name: (flags of train.py, patch or None)}"""
-    runs = {}
-    for deg, path_len, num_nodes, model, steps, objectives, seeds, more in CURED:
-        size = f"--deg {deg} --path_len {path_len} --num_nodes {num_nodes} --max_iters {steps}"
-        for objective in objectives:
-            flags, patch = CURES[objective]
-            if objective == "teacherless" and (deg, path_len) == (2, 5):
-                continue                    # the default runs
-            for seed in seeds:
-                name = f"cures/{model}-{objective}-deg{deg}-len{path_len}-seed{seed}"
-                flags_of_run = ["--model", model, *flags, *size.split(), "--seed", str(seed)]
-                runs[name] = (flags_of_run + more.split(), patch)
-    return runs
-
-
-def code_for(patch):
-    """The folder with the train.py of a run: the project, or a copy of it with the patch."""
-    if patch is None:
-        return PROJECT
-    copy = PROJECT / "out" / "patched" / patch
-    copy.mkdir(parents=True, exist_ok=True)
-    for file in PROJECT.glob("*.py"):
-        if file.name != "test_all.py":      # else pytest would find the copy
-            shutil.copy(file, copy)
-    # Else git finds the project around the copy, where the patch has nothing to do.
-    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent)}
-    apply = ["git", "apply", str(HERE / "cures" / f"{patch}.patch")]
-    subprocess.run(apply, check=True, cwd=copy, env=env)
-    return copy
-
-
-def command(code, folder, flags):
-    """The command that starts the run in this folder, or goes on with it from its checkpoint."""
-    python = [sys.executable, "train.py"]
-    if (code / folder / "ckpt.pt").exists():
-        return [*python, "--resume", str(folder)]
-    return [*python, "--out_dir", str(folder), *flags]
-
-
-def read_log(file):
-    """-> the header of a log, and its lines"""
-    header, *lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return header, lines
-
-
-def is_finished(file):
-    """Whether this is the log of a run that came to its end."""
-    if not file.exists():
-        return False
-    header, lines = read_log(file)
-    end = lines[-1]
-    return end["iter"] == header["config"]["max_iters"] or end["accuracy"] >= STOP_AT
-
-
-def minutes(file):
-    """What the run took; 0 if there is no log."""
-    if not file.exists():
-        return 0
-    _, lines = read_log(file)
-    return lines[-1]["elapsed_s"] / 60
-
-
-def same_figures(file, other):
-    """Whether two logs have the same lines. The docstring of this file says what is compared."""
-    _, lines = read_log(file)
-    _, other_lines = read_log(other)
-    if len(lines) != len(other_lines):
-        return False
-    for line, other_line in zip(lines, other_lines):
-        for key in (line.keys() & other_line.keys()) - {"elapsed_s"}:
-            if line[key] != other_line[key]:
-                return False
-    return True
-
-
-def end(file):
-    _, lines = read_log(file)
-    return f"{lines[-1]['accuracy']:.1%} at step {lines[-1]['iter']}"
-
-
-def compare(name, log, record):
-    """Prints how the log compares with the record."""
-    if not record.exists():
-        verdict = "there is no record"
-    elif same_figures(log, record):
-        verdict = "the record is the same"
-    else:
-        verdict = f"the record differs, with {end(record)}"
-    print(f"{name}: accuracy {end(log)}; {verdict}", flush=True)
+# ---- Which runs
 
 
 def record_of(name):
-    if name.startswith("cures/"):
-        return HERE / f"{name}.jsonl"
-    return HERE / "logs" / f"{name}.jsonl"
+    return LOGS / f"{name}.jsonl"
+
+
+def recorded_flags(patterns):
+    """-> {name: flags of train.py} of the records. Raises ValueError if a pattern has none."""
+    names = [file.relative_to(LOGS).with_suffix("").as_posix() for file in LOGS.rglob("*.jsonl")]
+    chosen = {}
+    for pattern in patterns:
+        found = [name for name in names if name == pattern]
+        found = found or [name for name in names if fnmatchcase(name, f"{pattern}*")]
+        if not found:
+            raise ValueError(f"there is no record {pattern}: --list names them")
+        for name in sorted(found):
+            log = read_log(record_of(name))
+            if "&&" in log.flags or "--resume" in log.flags:
+                raise ValueError(f"{name} was extended, one command does not make it again")
+            chosen[name] = log.flags
+    return chosen
+
+
+def read_commands(file):
+    """-> {name: flags of train.py} of a file with lines NAME: python train.py ..."""
+    runs = {}
+    for line in Path(file).read_text().splitlines():
+        name, colon, command = line.partition(":")
+        words = shlex.split(command)
+        if not line.strip():
+            continue
+        if words[:2] != ["python", "train.py"] or ".." in name or name.startswith("/"):
+            raise ValueError(f"{file}: {line[:60]!r} is not of the form NAME: python train.py ...")
+        runs[name.strip()] = words[2:]
+    return runs
+
+
+# ---- Making them
+
+
+def patch_of(name):
+    """The patch of a run in cures/X/, or None."""
+    folder, *rest = name.split("/")
+    patch = HERE / "cures" / f"{rest[0]}.patch" if folder == "cures" else None
+    return patch if patch is not None and patch.exists() else None
+
+
+def code_of(name):
+    """The folder with the code of a run: the project, or a new copy of it with a cure's patch."""
+    patch = patch_of(name)
+    if patch is None:
+        return PROJECT
+    copy = PROJECT / "out" / "patched" / patch.stem
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
+    for file in PROJECT.glob("*.py"):
+        if file.name != "test_all.py":                          # else pytest would find it
+            shutil.copy(file, copy)
+    command = ["patch", "-p1", "-i", str(patch)]
+    if subprocess.run(command, cwd=copy, stdout=subprocess.DEVNULL).returncode != 0:
+        raise ValueError(f"{patch.name} does not fit the code")
+    return copy
+
+
+def is_finished(name, flags):
+    """Whether a run was made before. Raises ValueError if there is another one in its place."""
+    file = PROJECT / OUT / name / "log.jsonl"
+    if not file.exists():
+        return False
+    log = read_log(file)
+    if log.flags != flags:
+        raise ValueError(f"there is a run with other flags in {OUT / name}: delete it first")
+    return log.end["iter"] == log.config["max_iters"] or log.end["accuracy"] >= STOP_AT
+
+
+def make(name, flags, code, screen):
+    """Trains to the end of a run. With `screen`, its output goes to a file -> whether it worked"""
+    if is_finished(name, flags):
+        return True
+    folder = OUT / name
+    command = [sys.executable, str(code / "train.py")]
+    if (PROJECT / folder / "ckpt.pt").exists():
+        command += ["--resume", str(folder)]
+    else:
+        command += [*flags, "--out_dir", str(folder)]
+    if not screen:
+        print(f"{name}: python train.py {shlex.join(flags)}", flush=True)
+        return subprocess.run(command, cwd=PROJECT).returncode == 0
+    (PROJECT / folder).mkdir(parents=True, exist_ok=True)
+    env = {"OMP_NUM_THREADS": "1"} | os.environ                 # a thread each
+    with open(PROJECT / folder / "screen.txt", "a") as file:
+        done = subprocess.run(command, cwd=PROJECT, env=env, stdout=file, stderr=file)
+    return done.returncode == 0
+
+
+# ---- Comparing
+
+
+def figures(log):
+    """The lines of a log without times."""
+    return [{key: line[key] for key in line.keys() - {"elapsed_s"}} for line in log.lines]
+
+
+def end_of(log):
+    return f"{log.end['accuracy']:.1%} at step {log.end['iter']:,}"
+
+
+def compare(log, record):
+    """How a new log compares with the record, if there is one: a sentence."""
+    if not record.exists():
+        return "there is no record"
+    old = read_log(record)
+    if old.is_old:
+        return f"the record, of an older version with other random graphs, has {end_of(old)}"
+    if log.header["data"] != old.header["data"]:
+        return f"the record, on other graphs, has {end_of(old)}"
+    if figures(log) == figures(old):
+        return "the record is the same"
+    return f"the record differs, it has {end_of(old)}"
+
+
+def report(name, keep):
+    """Prints how a run compares, and keeps its log as the record if that is asked for."""
+    file = PROJECT / OUT / name / "log.jsonl"
+    log = read_log(file)
+    made_by = log.header["commit"] or "code without a commit"
+    print(f"{name}: {end_of(log)}, by {made_by}; {compare(log, record_of(name))}", flush=True)
+    if keep:
+        record_of(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, record_of(name))
+
+
+def print_list(runs):
+    for name in runs:
+        log = read_log(record_of(name))
+        command = shlex.join(["python", "train.py", *log.flags])
+        patch = patch_of(name)
+        patched = f", with {patch.name}" if patch else ""
+        age = ", of an older version" if log.is_old else ""
+        print(f"{name:44} {log.end['elapsed_s'] / 60:5.1f} min  {command}{patched}{age}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", help="which experiments; all by default")
-    parser.add_argument("--list", action="store_true", help="print names and commands only")
-    parser.add_argument("--record", action="store_true", help="keep the logs as the new record")
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,  # an error is one line then
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help="records: names, beginnings of names, or globs")
+    parser.add_argument("--list", action="store_true", help="only print which they are")
+    parser.add_argument("--record", action="store_true", help="keep the logs as the new records")
+    parser.add_argument("--commands", metavar="FILE", help="make the runs of this file, too")
+    parser.add_argument("--at_once", type=positive_int, default=1, metavar="N",
+                        help="so many at a time, a thread each; their output is in screen.txt")
     args = parser.parse_args()
-    runs = {name: (flags, None) for name, flags in experiments().items()} | cures()
-    for name in args.names:
-        if name not in runs:
-            parser.error(f"there is no experiment {name}: --list names them")
-    names = args.names or list(runs)
+    try:
+        runs = recorded_flags(args.names or ([""] if args.list else []))
+        if args.list:
+            print_list(runs)
+            return
+        if args.commands is not None:
+            runs |= read_commands(args.commands)
+        if not runs:
+            raise ValueError("which runs? --list names the records")
+        for name, flags in runs.items():
+            is_finished(name, flags)                            # refuses before anything is made
+        codes = {name: code_of(name) for name in runs}
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
-    if args.list:
-        for name in names:
-            took = minutes(record_of(name))
-            shown = f"   {took:.1f} min" if took > 0 else ""
-            flags, patch = runs[name]
-            with_patch = f"   with {patch}.patch" if patch else ""
-            print(f"{name:44} python train.py {' '.join(flags)}{with_patch}{shown}")
-        return
+    failed = []
+    with ThreadPoolExecutor(args.at_once) as pool:
+        def start(name):
+            return make(name, runs[name], codes[name], screen=args.at_once > 1)
 
-    for i, name in enumerate(names):
-        flags, patch = runs[name]
-        code = code_for(patch)
-        folder = Path("out") / "reproduce" / name
-        log = code / folder / "log.jsonl"
-        if not is_finished(log):
-            left = sum(minutes(record_of(other)) for other in names[i:])
-            print(f"{name}, {i + 1} of {len(names)}; the records took {left:.0f} minutes from here")
-            sys.stdout.flush()
-            subprocess.run(command(code, folder, flags), check=True, cwd=code)
-        compare(name, log, record_of(name))
-        if args.record:
-            record_of(name).parent.mkdir(exist_ok=True)
-            shutil.copy(log, record_of(name))
+        for name, worked in zip(runs, pool.map(start, runs)):
+            if worked:
+                report(name, args.record)
+            else:
+                failed.append(name)
+                print(f"{name} failed", file=sys.stderr)
+    sys.exit(len(failed) > 0)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # as in `python results/reproduce.py --list | head`
-        sys.stderr.close()
+    run_script(main)

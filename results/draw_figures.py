@@ -1,0 +1,257 @@
+"""Draws the figures in results/figures from the logs in results/logs. It needs matplotlib.
+
+    python results/draw_figures.py
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from data import PathStar, draw, edges_of, find_arms, run_script  # noqa: E402
+from tables import CURES, MODELS, cure_runs, depth_runs, read_logs  # noqa: E402
+from train import STOP_AT  # noqa: E402
+
+BLUE = "#2F86C5"        # these colours differ for the colour-blind, too,
+ORANGE = "#E69F00"      # and can be read on white and on black
+GREEN = "#009E73"
+RED = "#D55E00"
+GREY = "#808080"
+HOPS = (                # place in the path, name, colour, style
+    (1, "first hop", RED, "-"),
+    (2, "hop 2", ORANGE, "--"),
+    (3, "hop 3", GREEN, "-."),
+    (4, "goal", BLUE, ":"),
+)
+SETTINGS = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "savefig.transparent": True,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pathstar",  # the same logs give the same file, to the byte
+}
+for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
+    SETTINGS[name] = GREY
+
+
+def save(figure, name):
+    folder = HERE / "figures"
+    folder.mkdir(exist_ok=True)
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def percent_axis(ax):
+    ax.set_ylim(-0.03, 1.03)
+    ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, 0))
+
+
+def panel_for_each_model(title, height):
+    """-> a figure, and {model: its axes}, for shares over the training examples"""
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, height), sharey=True, layout="constrained")
+    panels = dict(zip(("gpt", "mamba"), axes))
+    for model, ax in panels.items():
+        ax.set_title(MODELS[model] + title)
+        ax.set_xlabel("training examples")
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
+        ax.axhline(0.5, color=GREY, lw=0.8, ls=":")
+        percent_axis(ax)
+    return figure, panels
+
+
+def default_runs(model, objective):
+    runs = read_logs("default")
+    return [log for log in runs if (log.config["model"], log.objective) == (model, objective)]
+
+
+def over_training(log, key, place=None):
+    """-> the examples, and a figure of the log, at each evaluation"""
+    examples = [line["examples"] for line in log.lines]
+    values = [line[key] if place is None else line[key][place] for line in log.lines]
+    return examples, values
+
+
+def draw_accuracy():
+    """Paths right over training, of the default runs."""
+    figure, panels = panel_for_each_model("", height=2.9)
+    styles = (("teacher-forced", RED, "-"), ("teacherless", BLUE, "-"), ("reversed", GREEN, "--"))
+    for model, ax in panels.items():
+        for objective, color, style in styles:
+            label = objective
+            for log in default_runs(model, objective):
+                ax.plot(*over_training(log, "accuracy"), style, color=color, alpha=0.8, label=label)
+                label = None  # one entry in the legend
+    panels["mamba"].annotate(
+        "guessing an arm", (1, 0.5), (-2, -10), xycoords=("axes fraction", "data"),
+        textcoords="offset points", ha="right", fontsize=8
+    )
+    panels["gpt"].set_ylabel("paths right")
+    figure.legend(*panels["gpt"].get_legend_handles_labels(), loc="outside upper center", ncol=3)
+    save(figure, "accuracy")
+
+
+def draw_nodes(name, objective, key, ylabel):
+    """How often each node is right, over the training of one run of each model.
+
+    It is the run with the smallest seed. A teacherless one must be solved.
+    """
+    figure, panels = panel_for_each_model(f", {objective}", height=2.6)
+    for model, ax in panels.items():
+        runs = default_runs(model, objective)
+        if objective == "teacherless":
+            runs = [log for log in runs if log.end["accuracy"] >= STOP_AT]
+        for place, label, color, style in HOPS:
+            ax.plot(*over_training(runs[0], key, place), style, color=color, label=label)
+    panels["gpt"].set_ylabel(ylabel)
+    panels["mamba"].legend(loc="lower right", fontsize=8, labelspacing=0.3)
+    save(figure, name)
+
+
+def draw_depth():
+    """Teacherless models of several depths: left, the examples that each run took; right, the hops.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(7.2, 4.6), layout="constrained")
+    for model, (ax, hops_ax) in zip(("gpt", "mamba"), axes):
+        by_depth = {}
+        for (of_model, n_layer), runs in depth_runs().items():
+            if of_model == model:
+                by_depth[n_layer] = runs
+        places = range(len(by_depth))
+        for place, runs in zip(places, by_depth.values()):
+            for log in runs:
+                color, marker = (BLUE, "o") if log.solved_line else (RED, "x")
+                ax.plot(place, log.end["examples"], marker, color=color, mfc="none", markersize=6)
+        for hop, label, color, style in HOPS[:3]:
+            means = []
+            for runs in by_depth.values():
+                means.append(np.mean([log.end["node_accuracy"][hop] for log in runs]))
+            hops_ax.plot(places, means, style, color=color, marker="o", markersize=4, label=label)
+        ax.set_ylim(0, 1.08 * ax.dataLim.y1)
+        ax.set_ylabel("training examples until\nsolved (x: not solved)")
+        ax.yaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
+        hops_ax.axhline(0.5, color=GREY, lw=0.8, ls=":")
+        hops_ax.set_ylabel("right at the end")
+        percent_axis(hops_ax)
+        for panel in (ax, hops_ax):
+            panel.set_title(MODELS[model])
+            panel.set_xticks(places, by_depth)
+            panel.set_xlabel("layers")
+    axes[1, 1].legend(loc="lower right", fontsize=8, labelspacing=0.3)
+    save(figure, "depth")
+
+
+def draw_cures():
+    """How many examples each objective needs until a graph is solved."""
+    panels = sorted({key for objective in CURES for key in cure_runs(objective)})
+    figure, axes = plt.subplots(
+        len(panels) // 2, 2, figsize=(7.2, 1.2 * len(panels)), sharey=True, layout="constrained"
+    )
+    for (graph, model), ax in zip(panels, axes.flat):
+        for row, objective in enumerate(CURES):
+            for log in cure_runs(objective).get((graph, model), []):
+                line = log.solved_line
+                color, marker = (BLUE, "o") if line else (RED, "x")
+                examples = (line or log.end)["examples"] / 1000
+                ax.plot(examples, row, marker, color=color, mfc="none", markersize=6)
+        ax.set_title(f"{MODELS[model]}, {graph}")
+        ax.set_xlim(0, 1.08 * ax.dataLim.x1)
+        ax.grid(axis="y", color=GREY, alpha=0.3)
+    for ax in axes[-1]:
+        ax.set_xlabel("thousand examples until solved (x: not solved)")
+    names = [objective.replace("_", " ") for objective in CURES]
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].invert_yaxis()
+    save(figure, "cures")
+
+
+def draw_node(ax, node, x, y, color):
+    ax.text(
+        x, y, node, ha="center", va="center", color="white", weight="bold",
+        bbox=dict(boxstyle="circle,pad=0.35", color=color)
+    )
+
+
+def draw_arm(ax, arm, y, color):
+    """An arm as a row of circles at height y, with arrows between them. It starts at (14, 0)."""
+    places = [(14, 0)] + [(14 + 4.5 * i, y) for i in range(1, len(arm))]
+    for tail, head in zip(places, places[1:]):
+        arrow = dict(arrowstyle="-|>", color=color, shrinkA=9, shrinkB=9, lw=1.5)
+        ax.annotate("", head, tail, arrowprops=arrow)
+    for node, (x, height) in list(zip(arm, places))[1:]:
+        draw_node(ax, node, x, height, color)
+
+
+def draw_objective(ax, y, name, fed, answer, first_hop):
+    """A row of text: what the model reads behind the prefix, and what it has to write."""
+    ax.text(13.5, y, name, ha="right", weight="bold")
+    ax.text(15, y, "reads  … =", fontsize=8)
+    for i, token in enumerate(fed):
+        ax.text(20.2 + 1.4 * i, y, token, ha="center", family="monospace")
+    ax.text(26.4, y, "and is to write", fontsize=8)
+    for i, token in enumerate(answer):
+        color, weight = (RED, "bold") if token == first_hop else (GREY, "normal")
+        ax.text(32.6 + 1.4 * i, y, token, ha="center", family="monospace", color=color,
+                weight=weight)
+
+
+def draw_task():
+    """A graph, that of `python data.py --seed 1`, and its tokens in three ways of training."""
+    star = PathStar(2, 5, 10)
+    prefixes, paths = draw(star, 1, np.random.default_rng([1, 3]))
+    prefix, path = prefixes[0].tolist(), paths[0].tolist()
+    other_arm = [arm for arm in find_arms(edges_of(prefix), path[0]) if arm != path][0]
+
+    figure, ax = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
+    ax.set(xlim=(-1, 39), ylim=(-7.6, 3.4))
+    ax.axis("off")
+    draw_arm(ax, path, 1.2, BLUE)
+    draw_arm(ax, other_arm, -1.2, GREY)
+    draw_node(ax, path[0], 14, 0, BLUE)
+    ax.text(12.6, 0, "start", ha="right", va="center")
+    ax.text(14 + 4.5 * 4 + 1.3, 1.2, "goal", va="center")
+    ax.text(-1, 2.6, "Which arm leads to the goal?", weight="bold")
+
+    words = {star.pipe: "|", star.slash: "/", star.equals: "="}
+    for i, token in enumerate(prefix):
+        ax.text(i, -3.2, words.get(token, token), ha="center", family="monospace")
+    ax.text(
+        13, -2.4, "the prefix, the same for all: edges / start goal =", ha="center", fontsize=8
+    )
+    backwards = path[::-1]
+    draw_objective(ax, -4.4, "teacher forcing", path[:-1], path, path[1])
+    draw_objective(ax, -5.5, "teacherless", ["$"] * 4, path, path[1])
+    draw_objective(ax, -6.6, "reversed", backwards[:-1], backwards, path[1])
+    ax.text(
+        39, -7.5, "the first hop: written first, it needs a plan; reversed, it is one more look-up",
+        ha="right", color=RED, fontsize=8
+    )
+    save(figure, "task")
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    matplotlib.use("svg")
+    plt.rcParams.update(SETTINGS)
+    try:
+        draw_accuracy()
+        draw_nodes(
+            "clever_hans", "teacher-forced", "forced_node_accuracy",
+            "right, given the true\nnodes before"
+        )
+        draw_nodes("cascade", "teacherless", "node_accuracy", "right, from the prefix alone")
+        draw_depth()
+        draw_cures()
+    except (OSError, ValueError) as error:
+        sys.exit(f"draw_figures.py: {error}")
+    draw_task()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,371 @@
+"""Fills the tables of the pages from the logs.
+
+    python results/tables.py             rewrites the pages
+    python results/tables.py --check     only says which page is not up to date
+
+A table stands between <!-- table NAME --> and <!-- end of table -->. All other text is left alone.
+The other scripts read logs with `read_log` and `read_logs` of this file.
+"""
+import argparse
+import json
+import os
+import re
+import shlex
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+LOGS = HERE / "logs"
+sys.path.insert(0, str(HERE.parent))
+from data import run_script  # noqa: E402
+from train import SOLVED  # noqa: E402
+
+PAGES = [HERE.parent / "README.md", HERE / "README.md", HERE / "cures" / "README.md"]
+MODELS = {"gpt": "Transformer", "mamba": "Mamba", "gru": "GRU"}
+OBJECTIVES = ["teacher-forced", "first hop only", "reversed", "teacherless"]
+CURES = [
+    "next_token", "teacherless", "half_and_half", "look_ahead", "token_order", "bag_of_words",
+    "next_latent",
+]
+
+
+# ---- Reading logs
+
+
+@dataclass
+class Log:
+    file: Path
+    header: dict        # the first line
+    lines: list         # the others, one for each evaluation
+
+    @property
+    def config(self):
+        return self.header["config"]
+
+    @property
+    def end(self):
+        return self.lines[-1]
+
+    @property
+    def is_old(self):
+        """Whether the code was that of commit 0632a5d, or older. It drew other graphs."""
+        return "commit" not in self.header
+
+    @property
+    def flags(self):
+        """The flags of train.py, without those that say where the run is, a list."""
+        words = shlex.split(self.header["command"])[2:]         # behind `python train.py`
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        parser.add_argument("--out_dir")
+        parser.add_argument("--overwrite", action="store_true")
+        return parser.parse_known_args(words)[1]
+
+    @property
+    def command(self):
+        """The command without --seed and --out_dir, which runs of several seeds have in common."""
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        parser.add_argument("--seed")
+        _, flags = parser.parse_known_args(self.flags)
+        return shlex.join(["python", "train.py", *flags])
+
+    @property
+    def model(self):
+        return MODELS.get(self.config["model"], self.config["model"])
+
+    @property
+    def objective(self):
+        if self.config["only_first_hop"]:
+            return "first hop only"
+        if self.config["reverse"]:
+            return "teacherless, reversed" if self.config["teacherless"] else "reversed"
+        return "teacherless" if self.config["teacherless"] else "teacher-forced"
+
+    @property
+    def graph(self):
+        return "G({deg},{path_len}), {num_nodes} names".format(**self.config)
+
+    @property
+    def solved_line(self):
+        """The first evaluation with 99 % of the paths right, or None."""
+        for line in self.lines:
+            if line["accuracy"] >= SOLVED:
+                return line
+        return None
+
+
+def read_log(file):
+    """Raises OSError if there is no such file, ValueError if it is not a log with an evaluation."""
+    try:
+        header, *lines = [json.loads(line) for line in file.read_text().splitlines()]
+        log = Log(file, header, lines)
+        if log.is_old and log.config["reverse"]:                # listed from goal to start then
+            for line in lines:
+                line["cheat_accuracy"] = None
+                for key in ("node_accuracy", "forced_node_accuracy"):
+                    if line[key] is not None:
+                        line[key] = line[key][::-1]
+        log.end["accuracy"], log.config["seed"], log.header["command"]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{file} is not a log of train.py ({error!r})") from None
+    return log
+
+
+def read_logs(folder, logs=LOGS):
+    """The logs in a folder of results/logs, sorted by their paths."""
+    return [read_log(file) for file in sorted((logs / folder).rglob("*.jsonl"))]
+
+
+def groups(logs, key):
+    """-> {key of a log: the logs that have it}, sorted"""
+    result = {}
+    for log in logs:
+        result.setdefault(key(log), []).append(log)
+    return dict(sorted(result.items()))
+
+
+# ---- Cells
+
+
+def markdown(columns, rows):
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def spread(values, form="{:,.0f}", unit=""):
+    """The mean (least - greatest)."""
+    mean = form.format(statistics.mean(values)) + unit
+    low, high = form.format(min(values)), form.format(max(values))
+    return mean if low == high else f"{mean} ({low} - {high})"
+
+
+def percent(shares):
+    return spread([100 * share for share in shares], "{:.1f}", " %")
+
+
+def solved(logs):
+    return f"{sum(log.solved_line is not None for log in logs)} of {len(logs)}"
+
+
+def paths_right(logs):
+    return percent([log.end["accuracy"] for log in logs])
+
+
+def steps(logs):
+    return spread([log.end["iter"] for log in logs])
+
+
+def hops(logs):
+    """How often each hop between start and goal is right at the end of the runs: their mean."""
+    shares = zip(*[log.end["node_accuracy"][1:-1] for log in logs])
+    return ", ".join(f"{100 * statistics.mean(hop):.0f}" for hop in shares) + " %"
+
+
+# ---- The tables. Each gets the folder of the logs, and returns its text
+
+
+def default_runs(logs):
+    """-> the runs of each kind, as lists"""
+    def kind(log):
+        return log.config["model"], OBJECTIVES.index(log.objective)
+
+    return groups(read_logs("default", logs), kind).values()
+
+
+def default_table(logs):
+    columns = [
+        "command", "solved", "paths right", "forced: first hop", "forced: later nodes",
+        "steps until it stopped",
+    ]
+    rows = []
+    for runs in default_runs(logs):
+        first_hop = later_nodes = "-"
+        if runs[0].objective == "teacher-forced":
+            first_hop = percent([run.end["forced_node_accuracy"][1] for run in runs])
+            later_nodes = percent([run.end["cheat_accuracy"] for run in runs])
+        command = f"`{runs[0].command}`"
+        rows.append([command, solved(runs), paths_right(runs), first_hop, later_nodes, steps(runs)])
+    return markdown(columns, rows)
+
+
+def goal_table(logs):
+    """Of the default runs that end with this test. Old ones do not."""
+    rows = []
+    for runs in default_runs(logs):
+        ends = [run.end["goal_moved"] for run in runs if run.end.get("goal_moved")]
+        if ends:
+            follows = percent([end["follows"] for end in ends])
+            stays = percent([end["stays"] for end in ends])
+            rows.append([runs[0].model, runs[0].objective, len(ends), follows, stays])
+    columns = ["model", "objective", "runs", "first hop follows the goal", "stays as it was"]
+    return markdown(columns, rows)
+
+
+def teacherless_twin(log, logs=LOGS):
+    """The teacherless run with the model, the layers and the seed of another run."""
+    names = ("model", "n_layer", "seed")
+    for other in read_logs("default", logs) + read_logs("depth", logs):
+        if other.objective == "teacherless":
+            if all(other.config[name] == log.config[name] for name in names):
+                return other
+    raise ValueError(f"there is no teacherless run beside {log.file}")
+
+
+def long_table(logs):
+    columns = [
+        "command", "paths right", "first hop", "steps", "steps of the teacherless run", "minutes"
+    ]
+    rows = []
+    for log in read_logs("long", logs):
+        rows.append([
+            f"`{log.command} --seed {log.config['seed']}`", paths_right([log]),
+            percent([log.end["node_accuracy"][1]]), steps([log]),
+            steps([teacherless_twin(log, logs)]), f"{log.end['elapsed_s'] / 60:.0f}",
+        ])
+    return markdown(columns, rows)
+
+
+def depth_runs(logs=LOGS):
+    """-> {(model, layers): teacherless runs on the default graph}"""
+    runs = read_logs("depth", logs)
+    runs += [log for log in read_logs("default", logs) if log.objective == "teacherless"]
+    return groups(runs, lambda log: (log.config["model"], log.config["n_layer"]))
+
+
+def depth_table(logs):
+    columns = ["model", "layers", "solved", "paths right", "hops 1, 2, 3", "steps", "at most"]
+    rows = []
+    for (_, n_layer), runs in depth_runs(logs).items():
+        rows.append([
+            runs[0].model, n_layer, solved(runs), paths_right(runs), hops(runs), steps(runs),
+            f"{runs[0].config['max_iters']:,}",
+        ])
+    return markdown(columns, rows)
+
+
+def graphs_table(logs):
+    columns = [
+        "graph", "command", "solved", "paths right", "hops 1, 2, ... at the end", "steps"
+    ]
+    rows = []
+    for runs in groups(read_logs("graphs", logs), lambda log: (log.graph, log.command)).values():
+        command = f"`{runs[0].command}`"
+        rows.append(
+            [runs[0].graph, command, solved(runs), paths_right(runs), hops(runs), steps(runs)]
+        )
+    return markdown(columns, rows)
+
+
+def cure_runs(objective, logs=LOGS):
+    """-> {(graph, model): the runs of an objective}"""
+    runs = read_logs(f"cures/{objective}", logs)
+    if objective == "teacherless":                              # the default runs are among them
+        runs += [log for log in read_logs("default", logs) if log.objective == "teacherless"]
+    return groups(runs, lambda log: (log.graph, log.config["model"]))
+
+
+def examples_until_solved(runs):
+    """The median in thousands, of those that were solved, or None."""
+    examples = [run.solved_line["examples"] / 1000 for run in runs if run.solved_line]
+    return f"{statistics.median(examples):.0f}k" if examples else None
+
+
+def cures_table(logs):
+    """A row for each objective, a column for each graph and model."""
+    cells = {objective: cure_runs(objective, logs) for objective in CURES}
+    keys = sorted({key for found in cells.values() for key in found})
+    columns = ["objective"] + [f"{MODELS[model]}, {graph.split(', ')[0]}" for graph, model in keys]
+    rows = []
+    for objective, found in cells.items():
+        row = [objective.replace("_", " ")]
+        for key in keys:
+            runs = found.get(key, [])
+            examples = examples_until_solved(runs)
+            row.append(solved(runs) if examples is None else f"{solved(runs)}, {examples}")
+        rows.append(row)
+    return markdown(columns, rows)
+
+
+def cure_details_table(logs):
+    columns = [
+        "graph", "model", "objective", "solved", "paths right", "first hop",
+        "examples until solved", "examples at most",
+    ]
+    rows = []
+    for objective in CURES:
+        for (graph, _), runs in cure_runs(objective, logs).items():
+            config = runs[0].config
+            rows.append([
+                graph, runs[0].model, objective.replace("_", " "), solved(runs), paths_right(runs),
+                percent([run.end["node_accuracy"][1] for run in runs]),
+                examples_until_solved(runs) or "-",
+                f"{config['max_iters'] * config['batch_size'] / 1000:.0f}k",
+            ])
+    rows.sort(key=lambda row: (row[0], row[1] == "Mamba"))      # and in the order of CURES
+    return markdown(columns, rows)
+
+
+def runs_table(logs):
+    """Every run."""
+    columns = ["log", "seed", "paths right", "at step", "minutes", "commit", "machine"]
+    rows = []
+    for log in read_logs("", logs):
+        name = log.file.relative_to(logs).as_posix()
+        commit = "0632a5d or before" if log.is_old else log.header["commit"]
+        machine = "{machine}, Python {versions[python]}, torch {versions[torch]}"
+        rows.append([
+            f"[{name}](logs/{name})", log.config["seed"], f"{100 * log.end['accuracy']:.1f} %",
+            f"{log.end['iter']:,}", f"{log.end['elapsed_s'] / 60:.1f}", commit,
+            machine.format(**log.header),
+        ])
+    return markdown(columns, rows)
+
+
+TABLES = {
+    "default": default_table, "goal": goal_table, "long": long_table, "depth": depth_table,
+    "graphs": graphs_table, "cures": cures_table, "cure_details": cure_details_table,
+    "runs": runs_table,
+}
+
+
+# ---- Pages
+
+
+def filled(text, logs=LOGS):
+    """The text of a page, with its tables made anew. Raises ValueError for a wrong marker."""
+    def table(match):
+        if match[1] not in TABLES:
+            raise ValueError(f"there is no table {match[1]}, only {', '.join(TABLES)}")
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]](logs)}<!-- end of table -->"
+
+    pattern = r"<!-- table (\w+) -->\n(?:(?!<!-- ).*\n)*<!-- end of table -->"
+    new, n = re.subn(pattern, table, text)
+    if n != new.count("<!-- table ") or n != new.count("<!-- end of table -->"):
+        raise ValueError("a table's marker lacks the other one")
+    return new
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("pages", nargs="*", type=Path, default=PAGES, help="all by default")
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    args = parser.parse_args()
+    outdated = 0
+    for page in args.pages:
+        try:
+            text = page.read_text()
+            new = filled(text)
+        except (OSError, ValueError) as error:
+            sys.exit(f"{os.path.relpath(page)}: {error}")
+        if new != text:
+            outdated += 1
+            print(os.path.relpath(page), "is not up to date" if args.check else "is new")
+            if not args.check:
+                page.write_text(new)
+    if args.check and outdated:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_script(main)

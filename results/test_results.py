@@ -1,0 +1,651 @@
+"""The tests of this folder: its pages, records, scripts and patches."""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported, as in test_all.py
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parent
+sys.path[:0] = [str(HERE), str(PROJECT)]
+
+import importlib.util
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import explore
+import reproduce
+import tables
+import train
+from data import PathStar
+
+STAR = PathStar(2, 5, 10)
+TINY = (
+    "--n_layer", 1, "--n_embd", 16, "--n_train", 200, "--n_test", 20, "--batch_size", 8,
+    "--max_iters", 6, "--eval_interval", 3, "--device", "cpu",
+)
+PATCHES = sorted((HERE / "cures").glob("*.patch"))
+SOLUTIONS = sorted((HERE / "exercises").glob("*.patch"))
+
+
+def call(module, *flags):
+    """Runs a script in this process -> its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        try:
+            module.main()
+        except SystemExit as stop:
+            if isinstance(stop.code, str):                      # as Python does with a message
+                print(stop.code, file=sys.stderr)
+                return 1
+            return stop.code or 0
+    return 0
+
+
+def settings(*flags):
+    """The settings of a run that is started with these flags."""
+    args = train.make_parser().parse_args(list(map(str, flags)))
+    train.resolve(args)
+    return args
+
+
+def copy_code(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in PROJECT.glob("*.py"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def apply(patch, folder):
+    done = subprocess.run(["patch", "-p1", "-F0", "-i", patch], cwd=folder, capture_output=True)
+    assert done.returncode == 0, done.stdout
+
+
+# ---- Logs and tables
+
+
+def write_log(file, seed, accuracies, **config):
+    """A log with an evaluation each 100 steps, of a new run if `commit` is in config."""
+    header = {"command": f"python train.py --seed {seed} --out_dir out/x", "machine": "m"}
+    if "commit" in config:
+        header["commit"] = config.pop("commit")
+    header["versions"] = {"python": "3", "torch": "2"}
+    header["config"] = vars(settings("--seed", seed)) | config
+    lines = []
+    for i, accuracy in enumerate(accuracies):
+        lines.append({
+            "iter": 100 * i, "examples": 12_800 * i, "elapsed_s": 60 * i, "accuracy": accuracy,
+            "node_accuracy": [1, accuracy, 0.25, 0.5, 1],
+            "forced_node_accuracy": [1, accuracy, 1, 1, 1], "cheat_accuracy": 0.75,
+        })
+        if "commit" in header:
+            lines[-1]["goal_moved"] = {"follows": accuracy, "stays": 0.125}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(map(json.dumps, [header, *lines])))
+
+
+def cells(table):
+    """-> the rows below the head"""
+    return [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+
+
+def test_the_pages_are_those_of_the_logs(capsys):
+    assert call(tables, "--check") == 0, capsys.readouterr().out
+
+
+def test_tables_count_right(tmp_path):
+    """Of one solved run and one that was not."""
+    write_log(tmp_path / "default" / "a.jsonl", 0, [0, 0.25, 0.5])
+    write_log(tmp_path / "default" / "b.jsonl", 1, [0, 0.989, 0.99, 1], commit="abc")
+    ends = ["1 of 2", "75.0 % (50.0 - 100.0)"]
+    assert cells(tables.default_table(tmp_path)) == [
+        ["`python train.py`", *ends, ends[1], "75.0 %", "250 (200 - 300)"]
+    ]
+    assert cells(tables.goal_table(tmp_path)) == [
+        ["Transformer", "teacher-forced", "1", "100.0 %", "12.5 %"]
+    ]
+    for seed, accuracies in ((0, [0, 0.25, 0.5]), (1, [0, 0.989, 0.99, 1])):
+        for folder in ("depth", "graphs", "cures/look_ahead"):
+            name = tmp_path / folder / f"{seed}.jsonl"
+            write_log(name, seed, accuracies, teacherless=True, n_layer=4)
+    row = ["Transformer", "4", *ends, "75, 25, 50 %", "250 (200 - 300)", "1,000"]
+    assert cells(tables.depth_table(tmp_path)) == [row]
+    row = ["G(2,5), 10 names", "`python train.py`", *ends, "75, 25, 50 %", "250 (200 - 300)"]
+    assert cells(tables.graphs_table(tmp_path)) == [row]
+    assert ["look ahead", "1 of 2, 26k"] in cells(tables.cures_table(tmp_path))
+    row = ["G(2,5), 10 names", "Transformer", "look ahead", *ends, ends[1], "26k", "128k"]
+    assert cells(tables.cure_details_table(tmp_path)) == [row]
+    write_log(tmp_path / "long" / "c.jsonl", 1, [0, 0.5], n_layer=4)
+    row = ["`python train.py --seed 1`", "50.0 %", "50.0 %", "100", "300", "1"]
+    assert cells(tables.long_table(tmp_path)) == [row]
+    runs = cells(tables.runs_table(tmp_path))
+    assert len(runs) == 9
+    machine = "m, Python 3, torch 2"
+    link = "[default/b.jsonl](logs/default/b.jsonl)"
+    assert [link, "1", "100.0 %", "300", "3.0", "abc", machine] in runs
+    assert runs[-1][-2:] == ["0632a5d or before", machine]
+
+
+def test_old_logs_of_reversed_runs_are_turned(tmp_path):
+    """They listed the nodes from goal to start."""
+    for name, more in (("old", {}), ("new", {"commit": None})):
+        file = tmp_path / f"{name}.jsonl"
+        write_log(file, 0, [0.5], reverse=True, **more)
+        shares = tables.read_log(file).end["forced_node_accuracy"]
+        assert shares == ([1, 1, 1, 0.5, 1] if name == "old" else [1, 0.5, 1, 1, 1])
+
+
+def test_a_damaged_log_is_refused(tmp_path):
+    for text in ("", "{", "{}", '{"config": {}}\n{"iter": 0}', "[]\n[]"):
+        (tmp_path / "a.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="a.jsonl is not a log of train.py"):
+            tables.read_log(tmp_path / "a.jsonl")
+
+
+def test_tables_are_filled_between_their_markers(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    table = tables.long_table(tables.LOGS)
+    text = f"above\n<!-- table long -->\n{table}<!-- end of table -->\nbelow\n"
+    page.write_text(text.replace(table, "old\n"))
+    assert call(tables, "--check", page) == 1 and "old" in page.read_text()
+    assert call(tables, page) == 0 and page.read_text() == text
+    assert call(tables, "--check", page) == 0
+    for wrong in (text.replace("table long", "table short"), text.replace("<!-- end", "<!-- and")):
+        page.write_text(wrong)
+        capsys.readouterr()
+        assert call(tables, page) == 1
+        assert capsys.readouterr().err.count("\n") == 1 and page.read_text() == wrong
+
+
+def test_each_recorded_command_asks_for_the_recorded_run():
+    """With the defaults of today. (Those of the exercises need their patches.)"""
+    logs = [log for log in tables.read_logs("") if log.file.parent.name != "exercises"]
+    assert len(logs) > 100
+    for log in logs:
+        config = train.config_of(settings(*log.flags))
+        if config["dtype"] == "auto":                           # resolved in newer logs
+            del config["dtype"]
+        for name in config.keys() & log.config.keys():
+            assert log.config[name] == config[name], (log.file, name)
+
+
+def test_the_long_runs_still_guess():
+    """After several times the steps of the teacherless run of the same seed and depth."""
+    logs = tables.read_logs("long")
+    assert {log.config["model"] for log in logs} == {"gpt", "mamba"}
+    for log in logs:
+        twin = tables.teacherless_twin(log)
+        assert twin.solved_line is not None and log.end["iter"] >= 2 * twin.end["iter"], log.file
+        args = settings(*log.flags)
+        assert train.is_guess(log.end["node_accuracy"][1], args, args.n_test), log.file
+
+
+# ---- reproduce.py
+
+
+@pytest.fixture
+def project(monkeypatch, tmp_path):
+    """A copy of the code, in which reproduce.py works. It has no records yet."""
+    monkeypatch.setattr(reproduce, "PROJECT", copy_code(tmp_path / "project"))
+    monkeypatch.setattr(reproduce, "LOGS", tmp_path / "logs")
+    (tmp_path / "logs").mkdir()
+    return tmp_path
+
+
+def refusal(capsys, *flags):
+    capsys.readouterr()
+    assert call(reproduce, *flags) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and printed.out == ""
+    return printed.err
+
+
+def test_runs_are_made_recorded_and_made_again(project, capfd):
+    """One of them a cure's, in a copy of the code with its patch."""
+    tiny = " ".join(map(str, TINY))
+    file = project / "commands.txt"
+    file.write_text(f"new/a: python train.py {tiny} --seed 3\n\n"
+                    f"cures/look_ahead/b: python train.py {tiny} --seed 3\n")
+    assert call(reproduce, "--commands", file, "--at_once", 2, "--record") == 0
+    printed = capfd.readouterr().out
+    assert printed.count("there is no record") == 2 and "iter " not in printed
+    out = project / "project" / "out" / "reproduce"
+    for name in ("new/a", "cures/look_ahead/b"):
+        assert "iter     6" in (out / name / "screen.txt").read_text()
+        record = tables.read_log(project / "logs" / f"{name}.jsonl")
+        assert record.end["iter"] == 6 and record.config["seed"] == 3
+    weights = torch.load(out / "cures" / "look_ahead" / "b" / "ckpt.pt")["model"]
+    assert any(name.startswith("heads.") for name in weights)
+
+    shutil.rmtree(out)                                          # made again, from the records
+    assert call(reproduce, "new/") == 0
+    printed = capfd.readouterr().out
+    assert "iter     6" in printed and "the record is the same" in printed
+    assert not (out / "cures").exists()
+
+    log = out / "new" / "a" / "log.jsonl"                       # killed before its last line
+    whole = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(whole[:-1]))
+    assert call(reproduce, "new/a") == 0
+    printed = capfd.readouterr().out
+    assert "iter " not in printed and "the record is the same" in printed
+    assert log.read_text() == "".join(whole)
+
+    record = project / "logs" / "new" / "a.jsonl"
+    end = json.loads(whole[-1])
+    record.write_text("".join(whole[:-1]) + json.dumps(end | {"train_loss": 1.0}))
+    assert call(reproduce, "new/a") == 0
+    assert "the record differs" in capfd.readouterr().out
+    header = json.loads(whole[0])
+    record.write_text(json.dumps(header | {"data": "others"}) + "\n" + "".join(whole[1:]))
+    assert call(reproduce, "new/a") == 0
+    assert "on other graphs" in capfd.readouterr().out
+    del header["commit"]
+    record.write_text(json.dumps(header) + "\n" + "".join(whole[1:]))
+    assert call(reproduce, "new/a") == 0
+    assert "of an older version" in capfd.readouterr().out
+    header["command"] += " --lr 0.1"
+    record.write_text(json.dumps(header) + "\n" + "".join(whole[1:]))
+    assert "other flags" in refusal(capfd, "new/a")
+
+
+def test_what_cannot_be_made_is_refused(project, capsys):
+    write_log(project / "logs" / "a.jsonl", 0, [0.5])
+    log = (project / "logs" / "a.jsonl").read_text()
+    log = log.replace("out/x", "out/x && python train.py --resume out/x --max_iters 9")
+    (project / "logs" / "a.jsonl").write_text(log)
+    assert "was extended" in refusal(capsys, "a")
+    assert "there is no record b" in refusal(capsys, "b")
+    assert "which runs" in refusal(capsys)
+    file = project / "commands.txt"
+    for line in ("a python train.py", "a: rm", "../a: python train.py", "/a: python train.py"):
+        file.write_text(line)
+        assert "is not of the form" in refusal(capsys, "--commands", file)
+    assert not (project / "project" / "out").exists()
+
+
+def test_a_failed_run_is_told(project, capfd):
+    file = project / "commands.txt"
+    file.write_text("a: python train.py --deg 0\n")
+    assert call(reproduce, "--commands", file, "--record") == 1
+    assert "a failed\n" in capfd.readouterr().err
+    assert not list((project / "logs").iterdir())
+
+
+def test_the_list_names_every_record(capsys):
+    assert call(reproduce, "--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(list(tables.LOGS.rglob("*.jsonl")))
+    line, = [line for line in lines if line.startswith("cures/look_ahead/gpt-deg2-len5-seed0 ")]
+    assert "python train.py --model gpt" in line and "with look_ahead.patch" in line
+
+
+# ---- The scripts
+
+
+def test_no_script_works_at_import():
+    """Importing the scripts prints nothing, and needs no arguments."""
+    names = [file.stem for file in HERE.glob("*.py")]
+    if importlib.util.find_spec("matplotlib") is None:
+        names.remove("draw_figures")
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {', '.join(sorted(names))}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_the_figures_are_those_of_the_logs(monkeypatch, tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    import draw_figures
+    figures = sorted((HERE / "figures").glob("*.svg"))
+    if f"Matplotlib v{matplotlib.__version__}," not in figures[0].read_text():
+        pytest.skip("they were drawn by another version of matplotlib")
+    monkeypatch.setattr(draw_figures, "HERE", tmp_path)
+    assert call(draw_figures) == 0
+    assert len(figures) == 6
+    for figure in figures:
+        assert (tmp_path / "figures" / figure.name).read_bytes() == figure.read_bytes(), figure
+
+
+# ---- The cures and the exercises
+
+
+def patched_train(patch, folder):
+    """train.py with a patch, as a module."""
+    apply(patch, copy_code(folder / "code"))
+    spec = importlib.util.spec_from_file_location("patched_train", folder / "code" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("model", ["gpt", "mamba"])
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
+def test_cures_fit_and_train(patch, model, tmp_path):
+    """The loss falls. A run can be resumed, and inference is that of the model within."""
+    module = patched_train(patch, tmp_path)
+    out = tmp_path / "run"
+    given = [*TINY, "--model", model, "--n_embd", 32, "--max_iters", 40, "--eval_interval", 20]
+    if patch.stem == "half_and_half":
+        given.append("--teacherless")
+    assert call(module, *given, "--lr", 0.003, "--out_dir", out) == 0
+    _, first, last = tables.read_log(out / "log.jsonl").lines
+    assert last["train_loss"] < first["train_loss"]
+    assert call(module, "--resume", out, "--max_iters", 60) == 0
+    assert tables.read_log(out / "log.jsonl").end["iter"] == 60
+    if patch.stem == "half_and_half":
+        return                                                  # it adds nothing to the model
+    _, _, star, whole = module.load_checkpoint(out)
+    prefixes = torch.from_numpy(data.draw(star, 5, np.random.default_rng(0))[0])
+    assert torch.equal(whole.generate(prefixes, 3), whole.model.generate(prefixes, 3))
+    assert torch.equal(whole(prefixes)[0], whole.model(prefixes)[0])
+
+
+@pytest.mark.parametrize("model", ["gpt", "mamba"])
+def test_half_and_half_adds_both_losses(model, tmp_path):
+    """The loss of the first step is the sum of those of the two objectives, from equal weights."""
+    patched = patched_train(HERE / "cures" / "half_and_half.patch", tmp_path)
+    given = [*TINY, "--model", model, "--max_iters", 1, "--eval_interval", 1]
+    losses = []
+    for i, (module, flags) in enumerate(
+        ((patched, ["--teacherless"]), (train, ["--teacherless"]), (train, []))
+    ):
+        assert call(module, *given, *flags, "--out_dir", tmp_path / str(i)) == 0
+        losses.append(tables.read_log(tmp_path / str(i) / "log.jsonl").end["train_loss"])
+    assert losses[0] == pytest.approx(losses[1] + losses[2], abs=1e-5)
+
+
+def cure(name, folder):
+    """-> the model of a cure, a batch (idx, targets), and the states and logits on it"""
+    module = patched_train(HERE / "cures" / f"{name}.patch", folder)
+    torch.manual_seed(0)
+    args = settings("--n_layer", 2, "--n_embd", 16, "--n_head", 2)
+    whole = module.build_model(args, STAR).double()
+    graphs = data.draw(STAR, 3, np.random.default_rng(0))
+    solutions = train.prefixes_and_solutions(args, *graphs)
+    idx, targets = train.inputs_and_targets(args, STAR, *solutions)
+    h, _ = whole.model.hidden_states(idx)
+    return whole, idx, targets, h, whole.model.lm_head(h)
+
+
+def mean_of(terms):
+    return torch.stack(terms).mean()
+
+
+def losses_ahead(logits, targets, k):
+    """-log p of the token k places after the next one, where there is one. logits (B, T, V)"""
+    terms = []
+    for b, t in np.ndindex(*targets.shape):
+        if t + k < targets.size(1) and targets[b, t + k] >= 0:
+            terms.append(-logits[b, t].log_softmax(0)[targets[b, t + k]])
+    return mean_of(terms)
+
+
+def path_positions(targets):
+    """Where the model has to write: (sequence, position, all tokens from the next to the goal)"""
+    for b, t in np.ndindex(*targets.shape):
+        if targets[b, t] >= 0:
+            yield b, t, targets[b, t:].tolist()
+
+
+def assert_is_loss(whole, idx, targets, expected):
+    _, loss = whole(idx, targets)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=0)
+    return loss
+
+
+def test_look_ahead_is_its_equation(tmp_path):
+    whole, idx, targets, h, logits = cure("look_ahead", tmp_path)
+    expected = losses_ahead(logits, targets, 0)
+    for k, head in enumerate(whole.heads, start=1):
+        expected = expected + losses_ahead(whole.model.lm_head(head(h)), targets, k)
+    assert len(whole.heads) == 3
+    assert_is_loss(whole, idx, targets, expected)
+
+
+def test_token_order_is_its_equation(tmp_path):
+    """With the paper's scores W - j, here for a window of 7."""
+    whole, idx, targets, h, logits = cure("token_order", tmp_path)
+    terms = []
+    for b, t, path in path_positions(targets):
+        score = torch.full((STAR.vocab_size,), -math.inf)
+        for j, token in enumerate(path, start=1):
+            score[token] = 7 - j
+        terms.append(-(score.softmax(0) * whole.order(h[b, t]).log_softmax(0)).sum())
+    assert_is_loss(whole, idx, targets, losses_ahead(logits, targets, 0) + mean_of(terms))
+
+
+def test_bag_of_words_is_its_equation(tmp_path):
+    whole, idx, targets, h, logits = cure("bag_of_words", tmp_path)
+    terms = []
+    for b, t, path in path_positions(targets):
+        p = whole.summary(h[b, t]).sigmoid()
+        for token in range(STAR.vocab_size):
+            terms.append(-(p[token] if token in path[1:] else 1 - p[token]).log())
+    bag = STAR.vocab_size * mean_of(terms)
+    assert_is_loss(whole, idx, targets, losses_ahead(logits, targets, 0) + bag)
+
+
+def test_next_latent_is_its_equation(tmp_path):
+    """Its value and its gradients: none through the targets, and none to the W that reads g."""
+    whole, idx, targets, h, logits = cure("next_latent", tmp_path)
+    weight = whole.model.lm_head.weight
+    expected = losses_ahead(logits, targets, 0)
+    for k in range(1, 4):
+        near, kl = [], []
+        for b, t in np.ndindex(3, idx.size(1) - k):
+            g = h[b, t]
+            for j in range(1, k + 1):
+                g = g + whole.dynamics(torch.cat([weight[idx[b, t + j]], g]))
+            gap = (g - h[b, t + k].detach()).abs()
+            near.append(torch.where(gap < 1, gap ** 2 / 2, gap - 0.5).mean())
+            if targets[b, t + k] >= 0:
+                p = logits[b, t + k].detach().softmax(0)
+                q = (weight.detach() @ g).softmax(0)
+                kl.append((p * (p / q).log()).sum())
+        expected = expected + (mean_of(near) + mean_of(kl)) / 3
+    loss = assert_is_loss(whole, idx, targets, expected)
+    parameters = list(whole.parameters())
+    others = torch.autograd.grad(expected, parameters)
+    for gradient, other in zip(torch.autograd.grad(loss, parameters), others):
+        torch.testing.assert_close(gradient, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("patch", SOLUTIONS, ids=lambda patch: patch.stem)
+def test_solutions_of_the_exercises_fit(patch, tmp_path):
+    apply(patch, copy_code(tmp_path))
+
+
+CHECKS = {"4": "attention or gpt_is or cache_or_state", "5": "cpu_scan", "6": "gru"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", SOLUTIONS, ids=lambda patch: patch.stem)
+def test_solutions_of_the_exercises(patch, tmp_path):
+    """They pass the tests that README names for them, and train."""
+    apply(patch, copy_code(tmp_path))
+    for file in (".pytest.ini", "README.md"):
+        shutil.copy(PROJECT / file, tmp_path)
+    commands = [("train.py", *TINY, "--out_dir", "out/1")]
+    commands.append(("train.py", *TINY, "--teacherless", "--model", "mamba", "--out_dir", "out/2"))
+    if patch.stem[0] in CHECKS:
+        commands.append(("-m", "pytest", "-k", CHECKS[patch.stem[0]], "test_all.py"))
+    for command in commands:
+        command = [sys.executable, *map(str, command)]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+# ---- explore.html
+
+
+def data_of(page):
+    """The runs that stand in a page."""
+    return json.loads(re.search('type="application/json" id="data">(.*?)</script>', page)[1])
+
+
+@pytest.fixture(scope="module")
+def own_page(tmp_path_factory):
+    """The page of three small runs: -> the page, {name: Log}"""
+    folder = tmp_path_factory.mktemp("runs")
+    star = PathStar(2, 5, 12)
+    graphs = data.draw(star, 300, np.random.default_rng(1))
+    lines = [data.to_text(*graph) for graph in zip(*(tokens.tolist() for tokens in graphs))]
+    (folder / "graphs.txt").write_text("\n".join(lines))
+    files = ("--train_file", folder / "graphs.txt", "--test_file", folder / "graphs.txt")
+    runs = {
+        "forced": (), "own_graphs": ("--reverse", *files, "--seed", 1),
+        "teacherless": ("--model", "mamba", "--teacherless", "--max_iters", 9),
+    }
+    for name, flags in runs.items():
+        if "--train_file" in flags:                             # all graphs of the files
+            flags = (*flags, "--n_train", 200, "--n_test", 20)
+        quick = ("--warmup_iters", 0, "--lr", 0.02)             # so that the answers change
+        assert call(train, *TINY, *quick, *flags, "--out_dir", folder / name) == 0
+    assert call(explore, *[folder / name for name in runs]) == 0
+    logs = {str(folder / name): tables.read_log(folder / name / "log.jsonl") for name in runs}
+    return folder / "forced" / "explore.html", logs
+
+
+def test_the_page_is_that_of_the_logs():
+    logs = explore.recorded_logs()
+    if not logs:
+        pytest.skip("no record of a default run has its graphs")
+    page = (HERE / "explore.html").read_text()
+    assert page == explore.page(logs, HERE)
+    assert data_of(page)["first_shown"] == explore.FIRST_SHOWN
+    assert not re.search("(src|href)=.?(https?:|//)", page)     # nothing from elsewhere
+
+
+def test_a_page_of_ones_own_runs(own_page):
+    page, logs = own_page
+    shown = data_of(page.read_text())
+    readme = re.search('href="(.*README.md)"', page.read_text())[1]
+    assert (page.parent / readme).resolve() == PROJECT / "README.md"
+    assert shown["first_shown"] == [list(logs)[0], list(logs)[-1]]
+    assert list(shown["runs"]) == list(logs)
+    for name, log in logs.items():
+        run = shown["runs"][name]
+        for graph, line in zip(run["graphs"], log.header["graphs"], strict=True):
+            assert line.endswith("=" + ",".join(map(str, graph["path"])))
+            assert graph["path"] in graph["arms"] and len(graph["arms"]) == 2
+        for evaluation, line in zip(run["evaluations"], log.lines, strict=True):
+            assert evaluation["step"] == line["iter"]
+            for key, short in (("answers", "answer"), ("p_first_hop", "p_first_hop")):
+                assert evaluation[key] == [sample[short] for sample in line["samples"]]
+            shares = [round(100 * share, 1) for share in line["node_accuracy"]]
+            assert evaluation["nodes"] == shares
+
+
+def test_a_page_of_what_is_no_run_is_refused(tmp_path, capsys):
+    assert call(explore, tmp_path) == 2
+    write_log(tmp_path / "log.jsonl", 0, [0.5])                 # an old log, without its graphs
+    assert call(explore, tmp_path) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+    assert not (tmp_path / "explore.html").exists()
+
+
+@pytest.fixture
+def browser():
+    """A function that opens a page at a width, and gives a Selenium driver."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or chromedriver is None:
+        pytest.skip("there is no chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking"):
+        options.add_argument(f"--{flag}")
+    driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
+
+    def open_page(width, page):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        driver.get(page.as_uri())
+        driver.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")
+        return driver
+
+    yield open_page
+    assert driver.get_log("browser") == []                      # no error
+    driver.quit()
+
+
+def shown_in(driver, panel, log):
+    """-> the step in the panel's text, and the nodes of the answer in its table"""
+    text = driver.find_element("css selector", f"#panel{panel} .share-text").text
+    nodes = []
+    for cell in driver.find_elements("css selector", f"#panel{panel} td.answer"):
+        token = cell.text.strip("()✓✗ ")
+        nodes.append(log.config["num_nodes"] + "|=/$".index(token) if token in "|=/$"
+                     else int(token))
+    return int(re.search("at step ([0-9,]+)", text)[1].replace(",", "")), nodes
+
+
+def in_log(log, evaluation, graph):
+    return log.lines[evaluation]["iter"], log.lines[evaluation]["samples"][graph]["answer"]
+
+
+@pytest.mark.browser
+def test_the_page_shows_what_the_log_says(browser, own_page):
+    """By the slider, by keys and by the menus."""
+    from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.support.ui import Select
+    page, logs = own_page
+    forced, own_graphs, teacherless = logs.values()
+    driver = browser(1100, page)
+
+    def press(*keys):
+        ActionChains(driver).send_keys(*keys).perform()
+
+    for at in (0, 1, 3):
+        driver.execute_script(
+            "const slider = document.getElementById('slider'); slider.value = arguments[0];"
+            "slider.dispatchEvent(new Event('input'));", at
+        )
+        assert shown_in(driver, 0, forced) == in_log(forced, min(at, 2), 0)
+        assert shown_in(driver, 1, teacherless) == in_log(teacherless, at, 0)
+    press(Keys.ARROW_LEFT, Keys.ARROW_LEFT, "4")
+    assert shown_in(driver, 0, forced) == in_log(forced, 1, 3)
+    assert shown_in(driver, 1, teacherless) == in_log(teacherless, 1, 3)
+    play = driver.find_element("id", "play")
+    press(" ")
+    assert "Pause" in play.text
+    press(" ")
+    assert "Play" in play.text
+    menu = Select(driver.find_element("css selector", "#panel0 .objective"))
+    menu.select_by_visible_text("reversed")
+    assert shown_in(driver, 0, own_graphs)[1] in [in_log(own_graphs, i, 3)[1] for i in range(3)]
+    assert driver.find_element("id", "differ").is_displayed()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [360, 768, 1400])
+def test_the_page_fits(browser, own_page, width):
+    """Nothing overflows, whichever run is shown."""
+    page, logs = own_page
+    driver = browser(width, page)
+    for name in logs:
+        driver.execute_script("show(0, arguments[0]);", name)
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width, name
+
+
+@pytest.mark.browser
+def test_a_long_path_can_be_read_on_a_phone(browser, tmp_path):
+    """Graph and table are wider than the page then. They scroll, and the page does not."""
+    size = ("--deg", 2, "--path_len", 12, "--num_nodes", 24)
+    assert call(train, *TINY, *size, "--out_dir", tmp_path) == 0
+    assert call(explore, tmp_path) == 0
+    driver = browser(360, tmp_path / "explore.html")
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 360
+    for part in ("graph svg", "table table"):
+        width = f"return document.querySelector('#panel0 .{part}').clientWidth"
+        assert driver.execute_script(width) > 600, part
