@@ -121,8 +121,8 @@ def print_result(result, names, args, star):
         print(f"{share:.1%} have all nodes after the first hop right, from the true tokens")
     print(f"{result['real_arm']:.1%} of the answers walk a real arm, right or wrong")
     if result["goal_moved"] is not None:
-        follows, stays = result["goal_moved"]["follows"], result["goal_moved"]["stays"]
-        print(f"goal moved to another arm: the first hop follows in {follows:.1%}, ", end="")
+        turns, stays = result["goal_moved"]["turns"], result["goal_moved"]["stays"]
+        print(f"goal moved to another arm: the first hop turns there in {turns:.1%}, ", end="")
         print(f"stays as it was in {stays:.1%}")
     print(result["verdict"])
 

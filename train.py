@@ -129,16 +129,18 @@ def goal_moved(args, star, model, graphs, answers):
     """Does the first hop follow the goal, when that moves to another arm and all else stays?
 
     graphs: (prefixes, paths) of two or more arms, answers: what the model wrote for them. Returns
-    the share of the graphs in which the first hop `follows`, and in which it `stays`, as a dict.
+    the share of the graphs in which the first hop `turns` to the new goal's arm, from another
+    node, and of those in which it `stays` the same node, as a dict.
     """
     moved = move_goals(graphs[0])
     prefixes, solutions = prefixes_and_solutions(args, *moved)
     device = answers.device
     new, _, _ = predict(args, star, model, prefixes.to(device), solutions.to(device))
-    new_hops = torch.from_numpy(moved[1][:, 1]).to(device)
+    to_new_arm = new[:, 1] == torch.from_numpy(moved[1][:, 1]).to(device)
+    stays = new[:, 1] == answers[:, 1]
     return {
-        "follows": (new[:, 1] == new_hops).double().mean().item(),
-        "stays": (new[:, 1] == answers[:, 1]).double().mean().item(),
+        "turns": (to_new_arm & ~stays).double().mean().item(),
+        "stays": stays.double().mean().item(),
     }
 
 

@@ -193,12 +193,13 @@ def goal_table(logs):
     """Of the default runs that end with this test. Old ones do not."""
     rows = []
     for runs in default_runs(logs):
-        ends = [run.end["goal_moved"] for run in runs if run.end.get("goal_moved")]
+        ends = [run.end.get("goal_moved") or {} for run in runs]
+        ends = [end for end in ends if "turns" in end]
         if ends:
-            follows = percent([end["follows"] for end in ends])
+            turns = percent([end["turns"] for end in ends])
             stays = percent([end["stays"] for end in ends])
-            rows.append([runs[0].model, runs[0].objective, len(ends), follows, stays])
-    columns = ["model", "objective", "runs", "first hop follows the goal", "stays as it was"]
+            rows.append([runs[0].model, runs[0].objective, len(ends), turns, stays])
+    columns = ["model", "objective", "runs", "first hop turns to the goal", "stays as it was"]
     return markdown(columns, rows)
 
 

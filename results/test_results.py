@@ -87,7 +87,7 @@ def write_log(file, seed, accuracies, **config):
             "forced_node_accuracy": [1, accuracy, 1, 1, 1], "cheat_accuracy": 0.75,
         })
         if "commit" in header:
-            lines[-1]["goal_moved"] = {"follows": accuracy, "stays": 0.125}
+            lines[-1]["goal_moved"] = {"turns": accuracy, "stays": 0.125}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(map(json.dumps, [header, *lines])))
 
