@@ -464,7 +464,7 @@ def test_solutions_of_the_exercises_fit(patch, tmp_path):
     apply(patch, copy_code(tmp_path))
 
 
-CHECKS = {"4": "attention or gpt_is or cache_or_state", "5": "cpu_scan", "6": "gru"}
+CHECKS = {"4": "gpt2 or cache or generation", "5": "scan and cpu and not memory", "6": "gru"}
 
 
 @pytest.mark.slow
