@@ -334,7 +334,8 @@ def run_script(main):
     Ctrl-C, a closed pipe (`| head`) and a full disk end it without a traceback.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")            # it may be closed from the start
-    sys.stdout.reconfigure(errors="backslashreplace")           # for names that it cannot encode
+    if hasattr(sys.stdout, "reconfigure"):                      # a notebook's has no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")       # for names that it cannot encode
     try:
         main()
         sys.stdout.flush()

@@ -9,6 +9,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # in models this small, threads wait for each other
 
 import functools
+import io
 import itertools
 import json
 import math
@@ -1575,6 +1576,36 @@ def test_one_folder_has_one_run_at_a_time(tmp_path, capsys):
     assert call(train, *TINY, "--out_dir", tmp_path / "new") == 0
 
 
+def test_a_checkpoint_is_read_behind_the_lock(copied, monkeypatch, capsys):
+    """Else the process that has the lock could write another one meanwhile."""
+    load_checkpoint = train.load_checkpoint
+
+    def load(out_dir):
+        with pytest.raises(ValueError, match="another process trains"), train.locked(out_dir):
+            pass
+        return load_checkpoint(out_dir)
+
+    monkeypatch.setattr(train, "load_checkpoint", load)
+    assert call(train, "--resume", copied) == 0
+
+
+def test_dropout_is_for_training_alone(copied, monkeypatch, tmp_path, capsys):
+    """A model of one's own may have it: evaluations and sample.py switch it off."""
+    build_model, modes = train.build_model, set()
+
+    def recorded(args, star):
+        model = build_model(args, star)
+        model.register_forward_hook(lambda *_: modes.add((model.training, torch.is_grad_enabled())))
+        return model
+
+    monkeypatch.setattr(train, "build_model", recorded)
+    assert call(train, *TINY, "--out_dir", tmp_path / "run") == 0
+    assert modes == {(True, True), (False, False)}
+    modes.clear()
+    assert call(sample, "--out_dir", copied, "--num_graphs", 5) == 0
+    assert modes == {(False, False)}
+
+
 def test_a_run_that_ended_meanwhile_is_not_overwritten(monkeypatch, tmp_path, capsys):
     """It ran while this one drew its graphs and made its model."""
     build_model, given = train.build_model, (*TINY, "--out_dir", tmp_path)
@@ -1985,6 +2016,14 @@ def test_names_that_stdout_cannot_write(tmp_path):
     assert (process.returncode, err) == (0, "")
     assert r"gr\xf6\xdfe-\udcff \u56f3" in printed
     assert [line["iter"] for line in read_log(out)[1:]] == [0, 3, 6]
+
+
+def test_scripts_run_in_a_notebook(monkeypatch):
+    """Its stdout has no encoding to set."""
+    notebook = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", notebook)
+    data.run_script(lambda: print("graphs"))
+    assert notebook.getvalue() == "graphs\n"
 
 
 def test_stdout_may_be_closed(tmp_path):                   

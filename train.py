@@ -187,6 +187,7 @@ def verdict(result, args, n_test):
 
 def evaluate(args, star, model, test_set, step):
     """-> the figures of an evaluation after so many steps, a dict. At the end also `goal_moved`."""
+    model.eval()
     device = next(model.parameters()).device
     prefixes, solutions = prefixes_and_solutions(args, *test_set)
     prefixes, solutions = prefixes.to(device), solutions.to(device)
@@ -279,10 +280,8 @@ def train(args, star, train_set, test_set, model, optimizer, header, lines):
         with autocast:
             result = evaluate(args, star, model, test_set, step)
         if not math.isfinite(result["test_loss"] + (train_loss or 0.0)):
-            sys.exit(
-                f"the loss is infinite or NaN at step {step}. The last good checkpoint is in "
-                f"{args.out_dir}; a smaller --lr may help"
-            )
+            kept = f"The last good checkpoint is in {args.out_dir}" if lines else "Nothing is saved"
+            sys.exit(f"the loss is infinite or NaN at step {step}. {kept}; a smaller --lr may help")
         line = {"iter": step, "examples": step * args.batch_size}
         line["elapsed_s"] = round(time.time() - began, 2)
         line.update(train_loss=train_loss, lr=learning_rate(args, step), **result)
@@ -297,6 +296,7 @@ def train(args, star, train_set, test_set, model, optimizer, header, lines):
         interval_end = done - done % args.eval_interval + args.eval_interval
         interval_end = min(interval_end, args.max_iters)
         losses = []
+        model.train()
         for step in range(done, interval_end):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, step)
@@ -438,7 +438,7 @@ def load_checkpoint(out_dir):
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit the model: {reason}") from None
-    return ckpt, args, star, model
+    return ckpt, args, star, model.eval()
 
 
 @contextlib.contextmanager
@@ -668,6 +668,8 @@ def main():
     with contextlib.ExitStack() as stack:
         try:  # what a user can get wrong shows here, before anything is written
             if args.resume is not None:
+                if os.path.isdir(args.resume):  # else there is no run in it, which load_run says
+                    stack.enter_context(locked(args.resume))
                 ckpt, args, star, model = load_run(args)
             else:
                 resolve(args)
@@ -680,9 +682,9 @@ def main():
                 args.out_dir = args.out_dir or default_out_dir(args)
                 torch.manual_seed(args.seed)
                 model = build_model(args, star)
-            stack.enter_context(locked(args.out_dir))
-            if ckpt is None and not args.overwrite:
-                refuse_to_overwrite(args.out_dir)
+                stack.enter_context(locked(args.out_dir))
+                if not args.overwrite:
+                    refuse_to_overwrite(args.out_dir)
         except (ValueError, OSError, MemoryError) as error:
             parser.error(str(error) or "not enough memory")
         except RuntimeError as error:
