@@ -3,12 +3,16 @@
 B  batch        T  tokens        C  n_embd, the width        vocab_size  number of tokens
 S  keys         d  C / n_head, the width of a head
 
+The blocks can be run n_loop times in turn, with the same weights each time: a looped model
+(Dehghani et al. 2018, arXiv 1807.03819; Saunshi et al. 2025, arXiv 2502.17416). What it learns for
+one step of a chain of look-ups is there for all other steps.
+
 Parameters have the names and shapes of nanoGPT, so GPT-2's weights load with `strict=True` once
 its Conv1D matrices are transposed. There is no dropout. The GELU is exact, as in nanoGPT. GPT-2
 approximates it by a tanh, which is slow on a CPU; `approximate="tanh"` in the MLP does the same.
 Training starts from other weights than GPT-2's in three ways:
-- The table of positions begins as sinusoids, not as noise, and twice as large as the other
-  weights. Attention to "the token one to the left" is then easy to express.
+- The table of positions begins as sinusoids, not as noise, and larger than the other weights.
+  Attention to "the token one to the left" is then easy to express.
 - The matrices begin larger in a narrow model. At GPT-2's width they begin as GPT-2's do.
 - What block i adds to the residual stream is scaled by 1 / i. (GPT-2: by 1 / sqrt(2 n_layer) in
   all blocks.) Here a task of several look-ups in a row was then learned sooner.
@@ -28,6 +32,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    n_loop: int = 1           # times that the blocks are run
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -125,20 +130,21 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         positions = sinusoids(self.config.block_size, self.config.n_embd)
-        self.transformer.wpe.weight.copy_(2 * std * positions)
+        self.transformer.wpe.weight.copy_(4 * std * positions)
         for i, block in enumerate(self.transformer.h, start=1):
             block.attn.c_proj.weight.div_(i)
             block.mlp.c_proj.weight.div_(i)
 
     def hidden_states(self, idx, caches=None):
-        """idx (B, T) -> the last block's output, normed (B, T, C), and a cache a block.
+        """idx (B, T) -> the last block's output, normed (B, T, C), and the caches.
 
-        Given the caches, idx continues the tokens that led to them. Raises ValueError if the
-        sequence is longer than block_size.
+        There is one cache for each time that a block is run. Given the caches, idx continues the
+        tokens that led to them. Raises ValueError if the sequence is longer than block_size.
         """
+        blocks = list(self.transformer.h) * self.config.n_loop
         seen = 0
         if caches is None:
-            caches = [None] * len(self.transformer.h)
+            caches = [None] * len(blocks)
         else:
             seen = caches[0][0].size(2)
         length = seen + idx.size(1)
@@ -149,7 +155,7 @@ class GPT(nn.Module):
         positions = torch.arange(seen, length, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)     # (B, T, C)
         new_caches = []
-        for block, cache in zip(self.transformer.h, caches):
+        for block, cache in zip(blocks, caches):
             x, cache = block(x, cache)
             new_caches.append(cache)
         return self.transformer.ln_f(x), new_caches

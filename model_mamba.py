@@ -18,13 +18,19 @@ d_state       N, numbers of state per channel
 dt_rank       R, the rank of the projection that makes Delta ("s_Delta", section 3.6)
 d_conv        the width of the causal convolution before the scan (figure 3)
 
+The layers can be run n_loop times in turn, with the same weights each time: a looped model
+(Dehghani et al. 2018, arXiv 1807.03819; Saunshi et al. 2025, arXiv 2502.17416). What it learns for
+one step of a chain of look-ups is there for all other steps.
+
 Parameters have the names and shapes of the state-spaces/mamba package, so its published
 checkpoints load with `strict=True`. (They pad the vocabulary to a multiple of 8: give them
-vocab_size=50280.) Training starts from other weights than the package's in two ways:
+vocab_size=50280.) Training starts from other weights than the package's:
 - The embedding, which is the lm_head too, begins with entries of size 1 / sqrt(d_model), not 0.02.
   In a narrow model 0.02 would drown in what the first layer adds.
 - What layer i adds to the residual stream is scaled by 1 / i. (The package: by 1 / sqrt(n_layer)
   in all layers.) Here a task of several look-ups in a row was then learned sooner.
+- With A_init < 1 states fade more slowly at first, and recall is learned sooner (Trockman et al.
+  2024, arXiv 2410.11135).
 """
 import math
 from dataclasses import dataclass
@@ -42,6 +48,8 @@ class MambaConfig:
     n_layer: int = 24
     d_model: int = 768
     d_state: int = 16
+    n_loop: int = 1           # times that the layers are run
+    A_init: float = 1.0       # A starts at -A_init (1, ..., d_state)
     d_conv: int = 4
     expand: int = 2
     dt_rank: int = 0          # 0: d_model / 16, rounded up
@@ -67,10 +75,10 @@ class MambaBlock(nn.Module):
         self.dt_proj = nn.Linear(config.dt_rank, d_inner)
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
 
-        # A = -(1, 2, ..., N) for every channel: each number of a state fades at its own rate
-        # (S4D-real, section 3.6). The parameter is log(-A), so that A stays negative.
-        A = torch.arange(1.0, config.d_state + 1).repeat(d_inner, 1)
-        self.A_log = nn.Parameter(torch.log(A))
+        # A = -(1, 2, ..., N) for every channel, times A_init: each number of a state fades at its
+        # own rate (S4D-real, section 3.6). The parameter is log(-A), so that A stays negative.
+        A = -config.A_init * torch.arange(1.0, config.d_state + 1).repeat(d_inner, 1)
+        self.A_log = nn.Parameter(torch.log(-A))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.A_log._no_weight_decay = True
 
@@ -148,15 +156,17 @@ class Mamba(nn.Module):
                 layer.mixer.out_proj.weight.div_(i)
 
     def hidden_states(self, idx, states=None):
-        """idx (B, L) -> the last layer's output, normed (B, L, d_model), and a state a layer.
+        """idx (B, L) -> the last layer's output, normed (B, L, d_model), and the states.
 
-        Given the states, idx continues the tokens that led to them.
+        There is one state for each time that a layer is run. Given the states, idx continues the
+        tokens that led to them.
         """
+        layers = list(self.backbone.layers) * self.config.n_loop
         if states is None:
-            states = [None] * len(self.backbone.layers)
+            states = [None] * len(layers)
         x = self.backbone.embedding(idx)
         new_states = []
-        for layer, state in zip(self.backbone.layers, states):
+        for layer, state in zip(layers, states):
             x, state = layer(x, state)
             new_states.append(state)
         return self.backbone.norm_f(x), new_states

@@ -98,7 +98,7 @@ def show(graph, names, args, pause):
     text = "right"
     if wrong:
         first = wrong[-1] if args.reverse else wrong[0]         # in the order of writing
-        text = f"wrong, from {names[first]} on"
+        text = f"first wrong: {names[first]}"
         if is_arm(answer, graph["arms"]):
             text += "; walks another arm"
     print(f"{'':14}{text}\n")

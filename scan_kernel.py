@@ -19,8 +19,9 @@ Products are elementwise, and <,> is the sum over the N numbers.
 The paper's equation 4 has a longer factor of B_t in place of dt_t. Mamba's code takes dt_t, the
 first term of its series (Euler's rule), and so does this file.
 
-The gradient of the recurrence; autograd does the rest. Write dX for the gradient of the loss with
-respect to X, and g_t for dh_t. Both y_t and h_{t+1} use h_t, so:
+The gradient of the recurrence, with x and dt as inputs of their own; autograd does the rest. Write
+dX for the gradient of the loss with respect to X, and g_t for dh_t. Both y_t and h_{t+1} use h_t,
+so:
 
     g_t = C_t dy_t + a_{t+1} g_{t+1}        the recurrence again, run from right to left
     dx_t = <B_t, g_t>
@@ -36,7 +37,7 @@ The gradient needs every h_t. All of them would take N times the memory of x. So
 saves only the state at the start of each chunk of time. The backward pass takes the chunks from
 right to left and computes the states within a chunk again.
 
-All functions but `selective_scan` take and return tensors with channels last, in one dtype:
+All functions of the recurrence take and return tensors with channels last, in one dtype:
 
     x, dt, y        (batch, seqlen, dim)
     A               (dstate, dim)
@@ -498,7 +499,7 @@ def selective_scan(
     if delta_bias is not None:
         dt = dt + delta_bias.to(dtype)
     if delta_softplus:
-        dt = F.softplus(dt, threshold=40)
+        dt = F.softplus(dt, threshold=40)   # 20, the default, would be seen in float64
     if initial_state is None:
         h = u.new_zeros(u.shape[0], *A.shape)
     else:

@@ -84,8 +84,8 @@ def settings(*flags):
 
 def small(name, star=SMALL_STAR):
     torch.manual_seed(0)
-    sizes = {"n_head": ("--n_head", 2), "d_state": ("--d_state", 4)}
-    given = [sizes[size] for size in sizes if size in train.DEFAULTS[name]]
+    sizes = {"n_loop": 2, "n_head": 2, "d_state": 4}
+    given = [(f"--{size}", sizes[size]) for size in sizes if size in train.DEFAULTS[name]]
     flags = itertools.chain(("--model", name, "--n_layer", 2, "--n_embd", 16), *given)
     return train.build_model(settings(*flags), star)
 
@@ -477,10 +477,12 @@ def random_weights(shapes):
     }
 
 
-def test_gpt2s_weights_load_and_do_what_gpt2_does():
+@pytest.mark.parametrize("n_loop", [1, 3])
+def test_gpt2s_weights_load_and_do_what_gpt2_does(n_loop):
     """The weights as transformers' GPT2LMHeadModel has them, against GPT-2's equations.
 
-    Its matrices multiply from the right ("Conv1D"). The GELU is the exact one, as in nanoGPT.
+    Its matrices multiply from the right ("Conv1D"). The GELU is the exact one, as in nanoGPT. In a
+    loop the two blocks are run in turn.
     """
     block = {
         "ln_1.weight": (16,), "ln_1.bias": (16,), "ln_2.weight": (16,), "ln_2.bias": (16,),
@@ -506,7 +508,7 @@ def test_gpt2s_weights_load_and_do_what_gpt2_does():
 
     idx = tokens(1, 10)[0]
     x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:10]
-    for i in range(2):
+    for i in [0, 1] * n_loop:
         pre = f"transformer.h.{i}."
         q, k, v = linear(norm(x, pre + "ln_1"), pre + "attn.c_attn").split(16, dim=1)
         heads = []
@@ -522,7 +524,7 @@ def test_gpt2s_weights_load_and_do_what_gpt2_does():
         x = x + linear(y, pre + "mlp.c_proj")
     expected = norm(x, "transformer.ln_f") @ w["lm_head.weight"].T
 
-    model = GPT(GPTConfig(block_size=12, vocab_size=14, n_layer=2, n_head=2, n_embd=16)).double()
+    model = GPT(GPTConfig(12, 14, n_layer=2, n_head=2, n_embd=16, n_loop=n_loop)).double()
     conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     model.load_state_dict({
         name: x.T if name.endswith(conv1d) else x for name, x in w.items()
@@ -530,7 +532,8 @@ def test_gpt2s_weights_load_and_do_what_gpt2_does():
     torch.testing.assert_close(model(idx[None])[0][0], expected)
 
 
-def test_mambas_weights_load_and_do_what_the_paper_says():
+@pytest.mark.parametrize("n_loop", [1, 3])
+def test_mambas_weights_load_and_do_what_the_paper_says(n_loop):
     """The weights as state-spaces/mamba has them, against the paper's equations."""
     mixer = {
         "A_log": (32, 4), "D": (32,), "in_proj.weight": (64, 16), "conv1d.weight": (32, 1, 4),
@@ -552,7 +555,7 @@ def test_mambas_weights_load_and_do_what_the_paper_says():
 
     idx = tokens(1, 10)[0]
     x = w["backbone.embedding.weight"][idx]
-    for i in range(2):
+    for i in [0, 1] * n_loop:
         p = {key: w[f"backbone.layers.{i}.mixer.{key}"] for key in mixer}
         u, z = (norm(x, f"backbone.layers.{i}.norm") @ p["in_proj.weight"].T).split(32, dim=1)
         before = torch.cat([torch.zeros(3, 32), u])
@@ -568,7 +571,7 @@ def test_mambas_weights_load_and_do_what_the_paper_says():
         x = x + (torch.stack(y) * silu(z)) @ p["out_proj.weight"].T
     expected = norm(x, "backbone.norm_f") @ w["lm_head.weight"].T
 
-    model = Mamba(MambaConfig(vocab_size=14, n_layer=2, d_model=16, d_state=4)).double()
+    model = Mamba(MambaConfig(14, n_layer=2, d_model=16, d_state=4, n_loop=n_loop)).double()
     model.load_state_dict(w, strict=True)
     torch.testing.assert_close(model(idx[None])[0][0], expected)
 
@@ -606,7 +609,7 @@ def test_gpt_starts_as_gpt2_at_its_width(width):
     ):
         std = weights[f"transformer.{name}.weight"].std().item()
         assert std == pytest.approx(scale / divisor, rel=0.05)
-    table = weights["transformer.wpe.weight"] / (2 * scale)
+    table = weights["transformer.wpe.weight"] / (4 * scale)
     products = (table[:-1] * table[1:]).sum(dim=1)       # one step is the same rotation everywhere
     torch.testing.assert_close(products, products[:1].expand(63))
     shortest = torch.tensor([[0.0, 1], [1, 0], [0, -1], [-1, 0]])
@@ -618,6 +621,9 @@ def test_gpt_starts_as_gpt2_at_its_width(width):
 def test_mamba_starts_as_the_original():
     """Apart from the embedding, which begins larger, and what layer i adds, divided by i."""
     torch.manual_seed(0)
+    slow = Mamba(MambaConfig(vocab_size=14, n_layer=1, d_model=16, A_init=0.1))
+    A = slow.backbone.layers[0].mixer.A_log.exp()
+    torch.testing.assert_close(A, torch.arange(1.0, 17).repeat(32, 1) / 10)
     model = Mamba(MambaConfig(vocab_size=14, n_layer=4, d_model=512))
     mixer = model.backbone.layers[0].mixer
     torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 17).repeat(1024, 1))
@@ -2068,7 +2074,7 @@ ARMS = [[1, 2, 3], [1, 4, 5]]       # the second is right
         "      answer    1 ->  [2] ->  [3]",
         "        sure  99%     50%    100%",
         "      forced    1 ->  [2] ->    5",
-        "              wrong, from first hop on; walks another arm",
+        "              first wrong: first hop; walks another arm",
     ]),
     (("--teacherless",), [1, 4, 5], None, [
         "      answer    1 ->    4 ->    5",
@@ -2079,13 +2085,13 @@ ARMS = [[1, 2, 3], [1, 4, 5]]       # the second is right
         "      answer  [0] ->  [2] ->    5",
         "        sure  99%     50%    100%",
         "      forced    1 ->    4 ->    5",
-        "              wrong, from first hop on",
+        "              first wrong: first hop",
     ]),
     (("--only_first_hop",), [1, 2], [1, 4], [
         "      answer    1 ->  [2]",
         "        sure  99%     50%",
         "      forced    1 ->    4",
-        "              wrong, from first hop on; walks another arm",
+        "              first wrong: first hop; walks another arm",
     ]),
 ])
 def test_sample_shows_where_the_answer_leaves_the_path(way, answer, forced, text, capsys):

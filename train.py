@@ -146,7 +146,7 @@ def goal_moved(args, star, model, graphs, answers):
 
 @torch.no_grad()
 def probabilities(args, star, model, prefixes, answers):
-    """What the model gave each token at each place of its answers, in the order of the path.
+    """The probability of every token at each place of the answers, in the order of the path.
 
     -> (n, solution_len, vocab_size)
     """
@@ -159,7 +159,7 @@ def is_guess(share, args, n_test):
     """Whether a share of right first hops is that of a guesser, within four standard errors."""
     chance = 1 / args.deg
     margin = 4 * math.sqrt(chance * (1 - chance) / n_test)
-    # With many arms the margin would reach down to 0, where a model is that has learned nothing.
+    # With many arms the margin alone would include 0, the share of a model that knows no node.
     return abs(share - chance) < min(margin, chance / 2)
 
 
@@ -185,6 +185,10 @@ def verdict(result, args, n_test):
     return f"{shown}: neither solved nor the cheat. Not trained enough, or on too few graphs."
 
 
+def is_over(args, step, accuracy):
+    return step == args.max_iters or accuracy >= STOP_AT
+
+
 def evaluate(args, star, model, test_set, step):
     """-> the figures of an evaluation after so many steps, a dict. At the end also `goal_moved`."""
     model.eval()
@@ -199,7 +203,7 @@ def evaluate(args, star, model, test_set, step):
         p_first_hop = round(p_of_answer[1, path[1]].item(), 4)  # of the right one
         result["samples"].append({"answer": answer, "p_first_hop": p_first_hop})
     result["goal_moved"] = None
-    if star.deg > 1 and (step == args.max_iters or result["accuracy"] >= STOP_AT):
+    if star.deg > 1 and is_over(args, step, result["accuracy"]):
         result["goal_moved"] = goal_moved(args, star, model, test_set, answers)
     return result
 
@@ -255,7 +259,10 @@ def progress(line, args):
 
 
 def train(args, star, train_set, test_set, model, optimizer, header, lines):
-    """Trains to the end of the run, from the last of its evaluations, the lines of its log."""
+    """Trains to the end of the run. `lines`, its evaluations so far, grows.
+
+    A run goes on from the last of them.
+    """
     device = next(model.parameters()).device
     autocast = torch.autocast(
         device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"
@@ -291,7 +298,7 @@ def train(args, star, train_set, test_set, model, optimizer, header, lines):
 
     if not lines:
         evaluate_and_save(0, None)
-    while lines[-1]["iter"] < args.max_iters and lines[-1]["accuracy"] < STOP_AT:
+    while not is_over(args, lines[-1]["iter"], lines[-1]["accuracy"]):
         done = lines[-1]["iter"]
         interval_end = done - done % args.eval_interval + args.eval_interval
         interval_end = min(interval_end, args.max_iters)
@@ -321,9 +328,13 @@ def build_model(args, star):
     if args.model == "gpt":
         from model_gpt import GPT, GPTConfig  # here, so that one model's file is enough for a run
         block_size = star.prefix_len + star.path_len - 1
-        return GPT(GPTConfig(block_size, star.vocab_size, args.n_layer, args.n_head, args.n_embd))
+        return GPT(GPTConfig(
+            block_size, star.vocab_size, args.n_layer, args.n_head, args.n_embd, args.n_loop
+        ))
     from model_mamba import Mamba, MambaConfig
-    return Mamba(MambaConfig(star.vocab_size, args.n_layer, args.n_embd, args.d_state))
+    return Mamba(MambaConfig(
+        star.vocab_size, args.n_layer, args.n_embd, args.d_state, args.n_loop, args.A_init
+    ))
 
 
 def choose_device(name):
@@ -362,7 +373,7 @@ def config_of(args):
 
 
 def digest(train_set, test_set):
-    """A short text that is another one if any graph is."""
+    """A short hash of all graphs."""
     sha = hashlib.sha256()
     for array in (*train_set, *test_set):
         sha.update(np.ascontiguousarray(array).tobytes())
@@ -435,7 +446,7 @@ def load_checkpoint(out_dir):
     model = build_model(args, star)
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit the model: {reason}") from None
     return ckpt, args, star, model.eval()
@@ -467,14 +478,14 @@ def locked(out_dir):
 
 DEFAULTS = {
     "gpt": {
-        "n_layer": 6, "n_embd": 64, "n_head": 4,
+        "n_layer": 2, "n_loop": 4, "n_embd": 64, "n_head": 4,
         "n_train": 20_000, "batch_size": 128, "lr": 1e-3, "decay_frac": 1 / 3,
-        "max_iters": 1000, "max_iters_teacherless": 8000,
+        "max_iters": 1000, "max_iters_teacherless": 4000,
     },
     "mamba": {
-        "n_layer": 6, "n_embd": 64, "d_state": 16,
-        "n_train": 100_000, "batch_size": 64, "lr": 6e-3, "decay_frac": 1.0,
-        "max_iters": 1000, "max_iters_teacherless": 2000,
+        "n_layer": 1, "n_loop": 4, "n_embd": 64, "d_state": 16, "A_init": 0.1,
+        "n_train": 100_000, "batch_size": 32, "lr": 6e-3, "decay_frac": 1.0,
+        "max_iters": 1200, "max_iters_teacherless": 1200,
     },
 }
 TASK = {"deg": 2, "path_len": 5, "num_nodes": 10}
@@ -508,9 +519,11 @@ def make_parser():
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=DEFAULTS, default="gpt", help="architecture (%(default)s)")
     add("--n_layer", type=positive_int, help="layers")
+    add("--n_loop", type=positive_int, help="times that the layers are run, with the same weights")
     add("--n_embd", type=positive_int, help="width")
     add("--n_head", type=positive_int, help="attention heads, of gpt")
     add("--d_state", type=positive_int, help="numbers of state per channel, of mamba")
+    add("--A_init", type=positive_float, help="A starts at -A_init (1, ..., d_state), of mamba")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--batch_size", type=positive_int, help="examples in a step")
@@ -545,7 +558,7 @@ def resolve(args):
     teacherless_iters = defaults.pop("max_iters_teacherless")
     if args.teacherless:
         defaults["max_iters"] = teacherless_iters
-    for name in ("n_head", "d_state"):
+    for name in ("n_loop", "n_head", "d_state", "A_init"):
         if name not in defaults and getattr(args, name) is not None:
             raise ValueError(f"--{name} is not a setting of --model {args.model}")
     if args.train_file is not None:
@@ -613,11 +626,11 @@ def load_run(flags):
     args.device = flags.device
     done = ckpt["lines"][-1]["iter"]
     if flags.max_iters is not None:
+        if flags.max_iters <= done:
+            raise ValueError(f"--max_iters {flags.max_iters} is too few: {done} steps are done")
         args.max_iters = flags.max_iters
         ckpt["header"]["config"]["max_iters"] = args.max_iters
         ckpt["header"]["command"] += f" && {command_line()}"
-    if args.max_iters < done:
-        raise ValueError(f"--max_iters {args.max_iters} is too few: {done} steps are done")
     return ckpt, args, star, model
 
 
@@ -666,7 +679,7 @@ def main():
     args = parser.parse_args()
     ckpt = None
     with contextlib.ExitStack() as stack:
-        try:  # what a user can get wrong shows here, before anything is written
+        try:  # what a user can get wrong shows here, in one line
             if args.resume is not None:
                 if os.path.isdir(args.resume):  # else there is no run in it, which load_run says
                     stack.enter_context(locked(args.resume))

@@ -13,7 +13,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data import PathStar, draw, edges_of, find_arms, run_script  # noqa: E402
-from tables import CURES, MODELS, cure_runs, depth_runs, read_logs  # noqa: E402
+from tables import CURES, MODELS, cure_runs, read_logs  # noqa: E402
 from train import STOP_AT  # noqa: E402
 
 BLUE = "#2F86C5"        # these colours differ for the colour-blind, too,
@@ -114,37 +114,39 @@ def draw_nodes(name, objective, key, ylabel):
     save(figure, name)
 
 
-def draw_depth():
-    """Teacherless models of several depths: left, the examples that each run took; right, the hops.
+def draw_graphs():
+    """The examples that teacherless models need, over the path's length and the number of arms.
+
+    A model in a loop beside one without.
     """
     figure, axes = plt.subplots(2, 2, figsize=(7.2, 4.6), layout="constrained")
-    for model, (ax, hops_ax) in zip(("gpt", "mamba"), axes):
-        by_depth = {}
-        for (of_model, n_layer), runs in depth_runs().items():
-            if of_model == model:
-                by_depth[n_layer] = runs
-        places = range(len(by_depth))
-        for place, runs in zip(places, by_depth.values()):
-            for log in runs:
-                color, marker = (BLUE, "o") if log.solved_line else (RED, "x")
-                ax.plot(place, log.end["examples"], marker, color=color, mfc="none", markersize=6)
-        for hop, label, color, style in HOPS[:3]:
-            means = []
-            for runs in by_depth.values():
-                means.append(np.mean([log.end["node_accuracy"][hop] for log in runs]))
-            hops_ax.plot(places, means, style, color=color, marker="o", markersize=4, label=label)
-        ax.set_ylim(0, 1.08 * ax.dataLim.y1)
-        ax.set_ylabel("training examples until\nsolved (x: not solved)")
-        ax.yaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
-        hops_ax.axhline(0.5, color=GREY, lw=0.8, ls=":")
-        hops_ax.set_ylabel("right at the end")
-        percent_axis(hops_ax)
-        for panel in (ax, hops_ax):
-            panel.set_title(MODELS[model])
-            panel.set_xticks(places, by_depth)
-            panel.set_xlabel("layers")
-    axes[1, 1].legend(loc="lower right", fontsize=8, labelspacing=0.3)
-    save(figure, "depth")
+    runs = read_logs("default") + read_logs("loops") + read_logs("graphs")
+    runs = [log for log in runs if log.objective == "teacherless" and not log.is_old]
+    for model, (length_ax, arms_ax) in zip(("gpt", "mamba"), axes):
+        for log in runs:
+            config = log.config
+            if config["model"] != model:
+                continue
+            looped = config["n_loop"] > 1
+            color, shift = (BLUE, -0.1) if looped else (RED, 0.1)
+            line = log.solved_line
+            examples = (line or log.end)["examples"]
+            style = dict(marker="o" if line else "x", color=color, mfc="none", markersize=6)
+            if config["deg"] == 2:
+                length_ax.plot(config["path_len"] + shift, examples, **style)
+            if config["path_len"] == 5:
+                arms_ax.plot(config["deg"] + shift, examples, **style)
+        for ax, label in ((length_ax, "nodes of the path, two arms"), (arms_ax, "arms, five nodes")):
+            ax.set_title(MODELS[model])
+            ax.set_xlabel(label)
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter(lambda x, _: f"{x / 1000:,.0f}k")
+            ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        length_ax.set_ylabel("training examples until\nsolved (x: not solved)")
+    for color, label in ((BLUE, "looped"), (RED, "each layer once")):
+        axes[0, 0].plot([], [], "o", mfc="none", color=color, label=label)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncol=2)
+    save(figure, "graphs")
 
 
 def draw_cures():
@@ -246,7 +248,7 @@ def main():
             "right, given the true\nnodes before"
         )
         draw_nodes("cascade", "teacherless", "node_accuracy", "right, from the prefix alone")
-        draw_depth()
+        draw_graphs()
         draw_cures()
     except (OSError, ValueError) as error:
         sys.exit(f"draw_figures.py: {error}")

@@ -3,8 +3,7 @@
     python results/explore.py                      results/explore.html, from results/logs/default
     python results/explore.py out/RUN [out/RUN2]   out/RUN/explore.html, from runs of your own
 
-The page is explore_template.html with the runs in it, as JSON. It needs no network. Runs of commit
-0632a5d and before are left out: their logs lack the graphs.
+The page is explore_template.html with the runs in it, as JSON. It needs no network.
 """
 import argparse
 import json
@@ -40,7 +39,8 @@ def run_for_page(log):
             "answers": [sample["answer"] for sample in line["samples"]],
             "p_first_hop": [sample["p_first_hop"] for sample in line["samples"]],
         })
-    settings = {name: log.config[name] for name in ("seed", "deg", "num_nodes", "n_layer")}
+    names = ("seed", "deg", "num_nodes", "n_layer", "n_loop")
+    settings = {name: log.config[name] for name in names}
     return {
         "model": log.model,
         "objective": log.objective,
@@ -68,9 +68,9 @@ def page(logs, folder):
 
 
 def recorded_logs():
-    """-> {name: Log} of the default runs that have the graphs"""
-    logs = {file.stem: read_log(file) for file in sorted((LOGS / "default").glob("*.jsonl"))}
-    return {name: log for name, log in logs.items() if not log.is_old}
+    """-> {name: Log} of the default runs with seeds 0 and 1"""
+    files = sorted((LOGS / "default").glob("*-seed[01].jsonl"))
+    return {file.stem: read_log(file) for file in files}
 
 
 def main():

@@ -1,14 +1,17 @@
-"""Where in the stack does a teacherless model know which node? Linear probes, as Markdown.
+"""Looks into teacherless models: two tables, as Markdown.
 
     python results/reproduce.py default/mamba-teacherless-seed0
     python results/probe.py out/reproduce/default/mamba-teacherless-seed0
 
-A cell belongs to a layer, a node of the path and a position of the input. A least-squares map from
-the residual stream after this layer, at this position, to the node is fitted on 4,000 new graphs.
-The cell is the share of 2,000 other graphs in which the map finds the node.
-
-The position "at start" is the one that has to predict the start, the last token of the prefix. The
-position "at hop 1" is the first $, and so on. Training asks for a node at its own position only.
+1. When does the model know which node? A row belongs to a node of the path, and to the residual
+   stream after so many applications of a layer; a column to a position of the input. A
+   least-squares map from the stream at this position to the node is fitted on 4,000 new graphs. The
+   cell is the share of 2,000 other graphs in which the map finds the node. The position "at start"
+   is the one that has to predict the start, the last token of the prefix. The position "at hop 1"
+   is the first $, and so on. Training asks for a node at its own position only.
+2. How many paths are right if the layers run more or less often than in training, on paths of other
+   lengths? On 1,000 new graphs, with as many arms and names as in training. A Transformer has no
+   positions for a longer path.
 """
 import argparse
 import sys
@@ -20,16 +23,18 @@ import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import draw, run_script  # noqa: E402
+from data import PathStar, draw, run_script  # noqa: E402
 from tables import markdown  # noqa: E402
-from train import inputs_and_targets, load_checkpoint, prefixes_and_solutions  # noqa: E402
+from train import (  # noqa: E402
+    inputs_and_targets, load_checkpoint, predict, prefixes_and_solutions, summary
+)
 
 N_FIT, N_TEST = 4000, 2000
 
 
 @torch.no_grad()
 def residual_streams(model, idx):
-    """The residual stream after each layer -> a list of (n, T, width)"""
+    """The residual stream after each run of a layer -> a list of (n, T, width)"""
     streams = []
 
     def keep(layer, inputs, output):
@@ -54,21 +59,42 @@ def probe(x, nodes, vocab_size):
 
 
 def probes(args, star, model):
-    """-> the table of a run, in Markdown"""
+    """-> the first table of a run"""
     hops = [f"hop {i}" for i in range(1, star.path_len - 1)]
     graphs = draw(star, N_FIT + N_TEST, np.random.default_rng(99))
     prefixes, solutions = prefixes_and_solutions(args, *graphs)
     inputs, _ = inputs_and_targets(args, star, prefixes, solutions)
     rows = []
-    for layer, x in enumerate(residual_streams(model, inputs), start=1):
+    for applied, x in enumerate(residual_streams(model, inputs), start=1):
         x = x[:, prefixes.size(1) - 1:]                         # (n, path_len, width)
         for node, name in enumerate(hops, start=1):
-            row = [layer, name]
+            row = [applied, name]
             for position in range(star.path_len - 1):
                 share = probe(x[:, position], solutions[:, node], star.vocab_size)
                 row.append(f"{share:.0%}")
             rows.append(row)
-    return markdown(["after layer", "node", *[f"at {name}" for name in ["start", *hops]]], rows)
+    return markdown(["applied", "node", *[f"at {name}" for name in ["start", *hops]]], rows)
+
+
+def longer_paths(args, star, model):
+    """-> the second table of a run"""
+    loops = range(1, 2 * args.n_loop + 1)
+    rows = []
+    for path_len in range(3, 2 * star.path_len):
+        n_nodes = 1 + star.deg * (path_len - 1)
+        if n_nodes > star.num_nodes or (args.model == "gpt" and path_len > star.path_len):
+            break
+        other = PathStar(star.deg, path_len, star.num_nodes)
+        graphs = draw(other, 1000, np.random.default_rng(98))
+        row = [path_len]
+        for n_loop in loops:
+            model.config.n_loop = n_loop
+            answers, _, _ = predict(args, other, model, *prefixes_and_solutions(args, *graphs))
+            share = summary(args, answers, None, graphs[1])["accuracy"]
+            row.append(f"{share:.0%}")
+        rows.append(row)
+    model.config.n_loop = args.n_loop
+    return markdown(["nodes of the path", *[f"{n} x" for n in loops]], rows)
 
 
 def main():
@@ -85,6 +111,7 @@ def main():
         accuracy = f"{end['accuracy']:.1%}"
         print(f"{args.model}, seed {args.seed}, step {end['iter']}, accuracy {accuracy}\n")
         print(probes(args, star, model), flush=True)
+        print(longer_paths(args, star, model), flush=True)
 
 
 if __name__ == "__main__":

@@ -191,7 +191,8 @@ def batch_of(n):
 def mamba_steps():
     """-> {name: function that takes a step} for Mambas of the default size"""
     defaults = train.DEFAULTS["mamba"]
-    n_layer, width, d_state = [defaults[name] for name in ("n_layer", "n_embd", "d_state")]
+    n_layer = defaults["n_layer"] * defaults["n_loop"]          # theirs have no loop
+    width, d_state = defaults["n_embd"], defaults["d_state"]
     idx, targets = batch_of(defaults["batch_size"])
     model = default_model("mamba", STAR)
     steps = {"ours": training_step(model, lambda model: model(idx)[0], targets)}
@@ -226,6 +227,7 @@ def gpt_steps(checkout):
         nanogpt = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(nanogpt)
         size = {name: train.DEFAULTS["gpt"][name] for name in ("n_layer", "n_head", "n_embd")}
+        size["n_layer"] *= train.DEFAULTS["gpt"]["n_loop"]
         with contextlib.redirect_stdout(io.StringIO()):         # it prints its size
             model = nanogpt.GPT(nanogpt.GPTConfig(31, STAR.vocab_size, **size, dropout=0.0))
         steps["nanoGPT"] = training_step(model, get_logits, targets)

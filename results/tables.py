@@ -145,7 +145,7 @@ def percent(shares):
 
 
 def solved(logs):
-    return f"{sum(log.solved_line is not None for log in logs)} of {len(logs)}"
+    return f"{sum(log.solved_line is not None for log in logs)} of {len(logs)}" if logs else "-"
 
 
 def paths_right(logs):
@@ -175,17 +175,22 @@ def default_runs(logs):
 
 def default_table(logs):
     columns = [
-        "command", "solved", "paths right", "forced: first hop", "forced: later nodes",
-        "steps until it stopped",
+        "command", "solved, seeds 0-4", "seeds 5-9", "paths right", "forced: first hop",
+        "forced: later nodes", "steps until it stopped",
     ]
     rows = []
     for runs in default_runs(logs):
+        tuned = [run for run in runs if run.config["seed"] < 5]  # the settings were chosen on them
+        fresh = [run for run in runs if run.config["seed"] >= 5]
         first_hop = later_nodes = "-"
         if runs[0].objective == "teacher-forced":
             first_hop = percent([run.end["forced_node_accuracy"][1] for run in runs])
             later_nodes = percent([run.end["cheat_accuracy"] for run in runs])
         command = f"`{runs[0].command}`"
-        rows.append([command, solved(runs), paths_right(runs), first_hop, later_nodes, steps(runs)])
+        rows.append([
+            command, solved(tuned), solved(fresh), paths_right(runs), first_hop, later_nodes,
+            steps(runs),
+        ])
     return markdown(columns, rows)
 
 
@@ -203,43 +208,36 @@ def goal_table(logs):
     return markdown(columns, rows)
 
 
-def teacherless_twin(log, logs=LOGS):
-    """The teacherless run with the model, the layers and the seed of another run."""
-    names = ("model", "n_layer", "seed")
-    for other in read_logs("default", logs) + read_logs("depth", logs):
-        if other.objective == "teacherless":
-            if all(other.config[name] == log.config[name] for name in names):
-                return other
-    raise ValueError(f"there is no teacherless run beside {log.file}")
-
-
 def long_table(logs):
-    columns = [
-        "command", "paths right", "first hop", "steps", "steps of the teacherless run", "minutes"
-    ]
+    columns = ["command", "paths right", "first hop", "steps"]
     rows = []
-    for log in read_logs("long", logs):
-        rows.append([
-            f"`{log.command} --seed {log.config['seed']}`", paths_right([log]),
-            percent([log.end["node_accuracy"][1]]), steps([log]),
-            steps([teacherless_twin(log, logs)]), f"{log.end['elapsed_s'] / 60:.0f}",
-        ])
+    for runs in groups(read_logs("long", logs), lambda log: log.command).values():
+        first_hop = percent([run.end["node_accuracy"][1] for run in runs])
+        rows.append([f"`{runs[0].command}`", paths_right(runs), first_hop, steps(runs)])
     return markdown(columns, rows)
 
 
-def depth_runs(logs=LOGS):
-    """-> {(model, layers): teacherless runs on the default graph}"""
-    runs = read_logs("depth", logs)
+def loop_runs(logs=LOGS):
+    """-> {(model, layers, loops, A_init): teacherless runs on the default graph}"""
+    def key(log):
+        config = log.config
+        return config["model"], config["n_layer"], config["n_loop"], config["A_init"]
+
+    runs = read_logs("loops", logs)
     runs += [log for log in read_logs("default", logs) if log.objective == "teacherless"]
-    return groups(runs, lambda log: (log.config["model"], log.config["n_layer"]))
+    return groups([log for log in runs if not log.is_old], key)
 
 
-def depth_table(logs):
-    columns = ["model", "layers", "solved", "paths right", "hops 1, 2, 3", "steps", "at most"]
+def loops_table(logs):
+    columns = [
+        "model", "layers x loops", "A_init", "solved", "paths right", "hops 1, 2, 3",
+        "examples until solved", "steps at most",
+    ]
     rows = []
-    for (_, n_layer), runs in depth_runs(logs).items():
+    for (_, n_layer, n_loop, A_init), runs in loop_runs(logs).items():
         rows.append([
-            runs[0].model, n_layer, solved(runs), paths_right(runs), hops(runs), steps(runs),
+            runs[0].model, f"{n_layer} x {n_loop}", A_init or "-", solved(runs),
+            paths_right(runs), hops(runs), examples_until_solved(runs) or "-",
             f"{runs[0].config['max_iters']:,}",
         ])
     return markdown(columns, rows)
@@ -324,7 +322,7 @@ def runs_table(logs):
 
 
 TABLES = {
-    "default": default_table, "goal": goal_table, "long": long_table, "depth": depth_table,
+    "default": default_table, "goal": goal_table, "long": long_table, "loops": loops_table,
     "graphs": graphs_table, "cures": cures_table, "cure_details": cure_details_table,
     "runs": runs_table,
 }
