@@ -1714,7 +1714,7 @@ def test_graphs_that_have_changed_are_not_trained_on(tmp_path, capsys):
     (("--lr", "x"), "argument --lr: invalid float value: 'x'"),
     (("--d_state", 4), "--d_state is not a setting of --model gpt"),
     (("--model", "mamba", "--n_head", 2), "--n_head is not"),
-    (("--n_embd", 30), "multiple of n_head"),
+    (("--n_embd", 30, "--n_head", 4), "multiple of n_head"),
     (("--num_nodes", 8), "num_nodes must be at least 9"),
     (("--path_len", 1), "path_len 2, got 2 and 1"),
     (("--deg", 0), "argument --deg: must be from 1 up"),

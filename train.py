@@ -478,9 +478,9 @@ def locked(out_dir):
 
 DEFAULTS = {
     "gpt": {
-        "n_layer": 2, "n_loop": 4, "n_embd": 64, "n_head": 4,
-        "n_train": 20_000, "batch_size": 128, "lr": 1e-3, "decay_frac": 1 / 3,
-        "max_iters": 1000, "max_iters_teacherless": 4000,
+        "n_layer": 2, "n_loop": 4, "n_embd": 64, "n_head": 1,
+        "n_train": 20_000, "batch_size": 64, "lr": 1e-3, "decay_frac": 0.5,
+        "max_iters": 1500, "max_iters_teacherless": 2400,
     },
     "mamba": {
         "n_layer": 1, "n_loop": 4, "n_embd": 64, "d_state": 16, "A_init": 0.1,
