@@ -259,8 +259,6 @@ def graphs_table(logs):
 def cure_runs(objective, logs=LOGS):
     """-> {(graph, model): the runs of an objective}"""
     runs = read_logs(f"cures/{objective}", logs)
-    if objective == "teacherless":                              # the default runs are among them
-        runs += [log for log in read_logs("default", logs) if log.objective == "teacherless"]
     return groups(runs, lambda log: (log.graph, log.config["model"]))
 
 
