@@ -1,11 +1,14 @@
-"""Makes a page to play with recorded runs: what did the model answer, at each step of training?
+"""Makes a page to ask two models, and to see what others answered at each step of their training.
 
     python results/explore.py                      results/explore.html, from results/logs/default
     python results/explore.py out/RUN [out/RUN2]   out/RUN/explore.html, from runs of your own
+    python results/explore.py --live out/A out/B   takes the models to ask from these two runs
 
-The page is explore_template.html with the runs in it, as JSON. It needs no network.
+The page is explore_template.html with all that in it, as JSON. It needs no network. The models are
+Mambas. Matrices are stored as int8 with a scale for each row. They are kept in live_models.json.
 """
 import argparse
+import base64
 import json
 import os
 import sys
@@ -13,9 +16,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import find_arms, parse_graph, run_script  # noqa: E402
-from tables import LOGS, read_log  # noqa: E402
+import torch  # noqa: E402
 
+from data import find_arms, parse_graph, run_script  # noqa: E402
+from sample import unseen_graphs  # noqa: E402
+from tables import LOGS, Log, read_log  # noqa: E402
+from train import load_checkpoint, predict, prefixes_and_solutions, summary  # noqa: E402
+
+LIVE_MODELS = HERE / "live_models.json"
+N_JUDGED = 1000         # new graphs, to see that int8 does no harm
 FIRST_SHOWN = ["mamba-teacher_forced-seed0", "mamba-teacherless-seed0"]
 
 
@@ -52,8 +61,70 @@ def run_for_page(log):
     }
 
 
-def page(logs, folder):
-    """The page for these logs, {name: Log}, as text, to lie in a folder.
+# ---- Models to ask
+
+
+def in_base64(x):
+    return base64.b64encode(x.numpy().tobytes()).decode()
+
+
+def quantize(x):
+    """A tensor for the page, a dict, and the tensor that the page makes of it.
+
+    The rows of in_proj, x_proj, out_proj and the embedding become int8, with a scale each.
+    """
+    if x.dim() < 2 or x.size(1) < 32:                           # small, or sensitive
+        return {"float32": in_base64(x)}, x
+    scale = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+    numbers = torch.round(x / scale).to(torch.int8)
+    return {"int8": in_base64(numbers), "scale": in_base64(scale)}, numbers * scale
+
+
+def live_model(folder):
+    """The model of a run, for the page, a dict. Raises OSError and ValueError as load_checkpoint.
+
+    ValueError, too, if it is no Mamba that writes from start to goal.
+    """
+    ckpt, args, star, model = load_checkpoint(folder)
+    if args.model != "mamba" or args.reverse or args.only_first_hop:
+        raise ValueError(f"{folder} is not of a Mamba that writes the path from start to goal")
+    graphs = unseen_graphs(N_JUDGED, 0, ckpt, args)
+
+    def accuracy():
+        answers, _, _ = predict(args, star, model, *prefixes_and_solutions(args, *graphs))
+        return summary(args, answers, None, graphs[1])["accuracy"]
+
+    before = accuracy()
+    tensors, weights = {}, {}
+    for name, x in model.state_dict().items():
+        tensors[name], weights[name] = quantize(x)
+    weights["lm_head.weight"] = weights["backbone.embedding.weight"]
+    del tensors["lm_head.weight"]                               # tied
+    model.load_state_dict(weights)
+    after = accuracy()
+    log = Log(folder, ckpt["header"], ckpt["lines"])
+    names = ("n_layer", "n_loop", "d_state", "deg", "path_len", "num_nodes", "teacherless")
+    return {
+        "title": f"{log.model}, {log.objective}",
+        "objective": log.objective,
+        "about": f"{log.end['iter']:,} steps; {after:.1%} of {N_JUDGED:,} new graphs right.",
+        "accuracy": {"float32": before, "int8": after},
+        "command": f"{log.command} --seed {log.config['seed']}",
+        "commit": log.header["commit"],
+        "machine": log.header["machine"],
+        "config": {
+            **{name: log.config[name] for name in names},
+            "d_conv": model.config.d_conv, "dt_rank": model.config.dt_rank,
+        },
+        "tensors": tensors,
+    }
+
+
+# ---- The page
+
+
+def page(logs, folder, live_models=()):
+    """The page for these logs, {name: Log}, and models, as text, to lie in a folder.
 
     It opens with the runs FIRST_SHOWN, or with the first and the last.
     """
@@ -61,7 +132,8 @@ def page(logs, folder):
     first_shown = FIRST_SHOWN
     if not set(FIRST_SHOWN) <= set(runs):
         first_shown = [list(runs)[0], list(runs)[-1]]
-    data = json.dumps({"first_shown": first_shown, "runs": runs}, separators=(",", ":"))
+    data = {"first_shown": first_shown, "runs": runs, "live": list(live_models)}
+    data = json.dumps(data, separators=(",", ":"))
     text = (HERE / "explore_template.html").read_text()
     text = text.replace("PATH_OF_README", os.path.relpath(HERE.parent / "README.md", folder))
     return text.replace("/* the runs */", data.replace("</", "<\\/"))  # no end of the script
@@ -79,20 +151,31 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="*", type=Path, help="of runs")
-    folders = parser.parse_args().folders
+    parser.add_argument("--live", nargs=2, type=Path, metavar="OUT", help="runs with models to ask")
+    args = parser.parse_args()
+    folders = args.folders
     try:
+        if args.live is not None:
+            models = [live_model(folder) for folder in args.live]
+            if models[0]["config"]["num_nodes"] != models[1]["config"]["num_nodes"]:
+                raise ValueError("the two models have different numbers of names")
+            LIVE_MODELS.write_text(json.dumps(models, indent=1) + "\n")
+            for model in models:
+                print(model["title"], model["accuracy"])
+        live_models = []
         if folders:
             logs = {str(folder): read_log(folder / "log.jsonl") for folder in folders}
             out = folders[0] / "explore.html"
         else:
             logs = recorded_logs()
+            live_models = json.loads(LIVE_MODELS.read_text())
             out = HERE / "explore.html"
         for name, log in logs.items():
             if log.is_old:
                 raise ValueError(f"the log of {name} does not have the graphs: it is too old")
         if not logs:
             raise ValueError("no log in results/logs/default has the graphs")
-        text = page(logs, out.parent)
+        text = page(logs, out.parent, live_models)
         out.write_text(text)
     except (OSError, ValueError) as error:
         parser.error(str(error))
