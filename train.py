@@ -480,7 +480,7 @@ DEFAULTS = {
     "gpt": {
         "n_layer": 2, "n_loop": 4, "n_embd": 64, "n_head": 1,
         "n_train": 20_000, "batch_size": 64, "lr": 1e-3, "decay_frac": 0.5,
-        "max_iters": 1500, "max_iters_teacherless": 2400,
+        "max_iters": 1500, "max_iters_teacherless": 4000,
     },
     "mamba": {
         "n_layer": 1, "n_loop": 4, "n_embd": 64, "d_state": 16, "A_init": 0.1,
