@@ -687,6 +687,36 @@ def test_two_models_can_be_asked(browser):
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_story_shows_what_it_says(browser, width):
+    """Each chapter, and again from the address that it leaves."""
+    page = HERE / "explore.html"
+    driver = browser(width, page)
+    run = data_of(page.read_text())["runs"]
+    left = run["mamba-teacher_forced-seed0"]["evaluations"]
+    teacherless = run["mamba-teacherless-seed0"]["evaluations"]
+    reverse = run["mamba-reverse-seed0"]["evaluations"]
+    at_400 = [evaluation for evaluation in teacherless if evaluation["step"] == 400][0]
+    path = run["mamba-teacherless-seed0"]["graphs"][7]["path"]
+    wrong_first_hop = [node == right for node, right in zip(at_400["answers"][7], path)]
+    assert wrong_first_hop == [True, False, True, True, True]
+    assert min(left[-1]["forced"][2:]) >= 99.5                  # the cheat
+    shares = [(left[0], teacherless[0]), (left[-1], teacherless[-1]), (left[-1], None),
+              (None, at_400), (left[-1], reverse[-1])]
+    for chapter, expected in enumerate(shares):
+        driver.execute_script(
+            "document.querySelectorAll('#chapters button')[arguments[0]].click()", chapter
+        )
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+        for _ in range(2):
+            for panel, evaluation in enumerate(expected):
+                if evaluation is not None:
+                    shown = driver.find_element("css selector", f"#panel{panel} .share").text
+                    assert shown == f"{evaluation['accuracy']:.1f} %"
+            driver.refresh()
+
+
+@pytest.mark.browser
 def test_the_page_shows_what_the_log_says(browser, own_page):
     """By the slider, by keys and by the menus."""
     from selenium.webdriver import ActionChains, Keys
