@@ -2,10 +2,11 @@
 
     python results/explore.py                      results/explore.html, from results/logs/default
     python results/explore.py out/RUN [out/RUN2]   out/RUN/explore.html, from runs of your own
-    python results/explore.py --live out/A out/B   takes the models to ask from these two runs
+    python results/explore.py --live out/A out/B   takes the models to ask from these runs
 
-The page is explore_template.html with all that in it, as JSON. It needs no network. The models are
-Mambas. Matrices are stored as int8 with a scale for each row. They are kept in live_models.json.
+The page is explore_template.html with all that in it, as JSON. It needs no network. The models to
+ask come in pairs of an architecture, the teacher-forced one first. Their matrices are stored as int8
+with a scale for each row, in live_models.json.
 """
 import argparse
 import base64
@@ -20,8 +21,10 @@ import torch  # noqa: E402
 
 from data import find_arms, parse_graph, run_script  # noqa: E402
 from sample import unseen_graphs  # noqa: E402
-from tables import LOGS, Log, read_log  # noqa: E402
-from train import load_checkpoint, predict, prefixes_and_solutions, summary  # noqa: E402
+from tables import LOGS, MODELS, Log, read_log  # noqa: E402
+from train import (  # noqa: E402
+    TASK, load_checkpoint, predict, prefixes_and_solutions, summary
+)
 
 LIVE_MODELS = HERE / "live_models.json"
 N_JUDGED = 1000         # new graphs, to see that int8 does no harm
@@ -83,11 +86,11 @@ def quantize(x):
 def live_model(folder):
     """The model of a run, for the page, a dict. Raises OSError and ValueError as load_checkpoint.
 
-    ValueError, too, if it is no Mamba that writes from start to goal.
+    ValueError, too, if the page cannot run it.
     """
     ckpt, args, star, model = load_checkpoint(folder)
-    if args.model != "mamba" or args.reverse or args.only_first_hop:
-        raise ValueError(f"{folder} is not of a Mamba that writes the path from start to goal")
+    if args.model not in MODELS or args.reverse or args.only_first_hop:
+        raise ValueError(f"{folder} is not of a model that writes the path from start to goal")
     graphs = unseen_graphs(N_JUDGED, 0, ckpt, args)
 
     def accuracy():
@@ -98,13 +101,18 @@ def live_model(folder):
     tensors, weights = {}, {}
     for name, x in model.state_dict().items():
         tensors[name], weights[name] = quantize(x)
-    weights["lm_head.weight"] = weights["backbone.embedding.weight"]
-    del tensors["lm_head.weight"]                               # tied
+    del tensors["lm_head.weight"]                               # tied to the embedding
     model.load_state_dict(weights)
     after = accuracy()
     log = Log(folder, ckpt["header"], ckpt["lines"])
-    names = ("n_layer", "n_loop", "d_state", "deg", "path_len", "num_nodes", "teacherless")
+    names = [
+        "n_layer", "n_loop", "n_head", "d_state", "deg", "path_len", "num_nodes", "teacherless"
+    ]
+    config = {name: log.config[name] for name in names}
+    if args.model == "mamba":
+        config.update(d_conv=model.config.d_conv, dt_rank=model.config.dt_rank)
     return {
+        "model": args.model,
         "title": f"{log.model}, {log.objective}",
         "objective": log.objective,
         "about": f"{log.end['iter']:,} steps; {after:.1%} of {N_JUDGED:,} new graphs right.",
@@ -112,10 +120,7 @@ def live_model(folder):
         "command": f"{log.command} --seed {log.config['seed']}",
         "commit": log.header["commit"],
         "machine": log.header["machine"],
-        "config": {
-            **{name: log.config[name] for name in names},
-            "d_conv": model.config.d_conv, "dt_rank": model.config.dt_rank,
-        },
+        "config": config,
         "tensors": tensors,
     }
 
@@ -151,14 +156,15 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="*", type=Path, help="of runs")
-    parser.add_argument("--live", nargs=2, type=Path, metavar="OUT", help="runs with models to ask")
+    parser.add_argument("--live", nargs="+", type=Path, metavar="OUT", help="runs to take them from")
     args = parser.parse_args()
     folders = args.folders
     try:
         if args.live is not None:
             models = [live_model(folder) for folder in args.live]
-            if models[0]["config"]["num_nodes"] != models[1]["config"]["num_nodes"]:
-                raise ValueError("the two models have different numbers of names")
+            tasks = {tuple(model["config"][name] for name in TASK) for model in models}
+            if len(tasks) > 1:
+                raise ValueError("the models are of different tasks")
             LIVE_MODELS.write_text(json.dumps(models, indent=1) + "\n")
             for model in models:
                 print(model["title"], model["accuracy"])
