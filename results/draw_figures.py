@@ -16,16 +16,19 @@ from data import PathStar, draw, edges_of, find_arms, run_script  # noqa: E402
 from tables import CURES, MODELS, cure_runs, read_logs  # noqa: E402
 from train import STOP_AT  # noqa: E402
 
-BLUE = "#2F86C5"        # these colours differ for the colour-blind, too,
-ORANGE = "#E69F00"      # and can be read on white and on black
+# These colours differ for the colour-blind, too, and can be read on white and on black. As in the
+# page, blue is right and orange wrong, and no line has these two.
+BLUE = "#2F86C5"
+ORANGE = "#D55E00"
+PURPLE = "#B650A0"
 GREEN = "#009E73"
-RED = "#D55E00"
+OCHRE = "#A8860B"
 GREY = "#808080"
 HOPS = (                # place in the path, name, colour, style
-    (1, "first hop", RED, "-"),
-    (2, "hop 2", ORANGE, "--"),
-    (3, "hop 3", GREEN, "-."),
-    (4, "goal", BLUE, ":"),
+    (1, "first hop", PURPLE, "-"),
+    (2, "hop 2", GREEN, "--"),
+    (3, "hop 3", OCHRE, "-."),
+    (4, "goal", GREY, ":"),
 )
 SETTINGS = {
     "font.size": 9,
@@ -81,7 +84,9 @@ def over_training(log, key, place=None):
 def draw_accuracy():
     """Paths right over training, of the default runs."""
     figure, panels = panel_for_each_model("", height=2.9)
-    styles = (("teacher-forced", RED, "-"), ("teacherless", BLUE, "-"), ("reversed", GREEN, "--"))
+    styles = (
+        ("teacher-forced", PURPLE, "-"), ("teacherless", GREEN, "-"), ("reversed", OCHRE, "--")
+    )
     for model, ax in panels.items():
         for objective, color, style in styles:
             label = objective
@@ -128,7 +133,7 @@ def draw_graphs():
             if config["model"] != model:
                 continue
             looped = config["n_loop"] > 1
-            color, shift = (BLUE, -0.1) if looped else (RED, 0.1)
+            color, shift = (GREEN, -0.1) if looped else (PURPLE, 0.1)
             line = log.solved_line
             examples = (line or log.end)["examples"]
             style = dict(marker="o" if line else "x", color=color, mfc="none", markersize=6)
@@ -143,7 +148,7 @@ def draw_graphs():
             ax.yaxis.set_major_formatter(lambda x, _: f"{x / 1000:,.0f}k")
             ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         length_ax.set_ylabel("training examples until\nsolved (x: not solved)")
-    for color, label in ((BLUE, "looped"), (RED, "each layer once")):
+    for color, label in ((GREEN, "looped"), (PURPLE, "each layer once")):
         axes[0, 0].plot([], [], "o", mfc="none", color=color, label=label)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncol=2)
     save(figure, "graphs")
@@ -159,7 +164,7 @@ def draw_cures():
         for row, objective in enumerate(CURES):
             for log in cure_runs(objective).get((graph, model), []):
                 line = log.solved_line
-                color, marker = (BLUE, "o") if line else (RED, "x")
+                color, marker = (BLUE, "o") if line else (ORANGE, "x")
                 examples = (line or log.end)["examples"] / 1000
                 ax.plot(examples, row, marker, color=color, mfc="none", markersize=6)
         ax.set_title(f"{MODELS[model]}, {graph}")
@@ -198,7 +203,7 @@ def draw_objective(ax, y, name, fed, answer, first_hop):
         ax.text(20.2 + 1.4 * i, y, token, ha="center", family="monospace")
     ax.text(26.4, y, "and is to write", fontsize=8)
     for i, token in enumerate(answer):
-        color, weight = (RED, "bold") if token == first_hop else (GREY, "normal")
+        color, weight = (PURPLE, "bold") if token == first_hop else (GREY, "normal")
         ax.text(32.6 + 1.4 * i, y, token, ha="center", family="monospace", color=color,
                 weight=weight)
 
@@ -232,7 +237,7 @@ def draw_task():
     draw_objective(ax, -6.6, "reversed", backwards[:-1], backwards, path[1])
     ax.text(
         39, -7.5, "the first hop: written first, it needs a plan; reversed, it is one more look-up",
-        ha="right", color=RED, fontsize=8
+        ha="right", color=PURPLE, fontsize=8
     )
     save(figure, "task")
 

@@ -749,6 +749,26 @@ def test_the_page_shows_what_the_log_says(browser, own_page):
 
 
 @pytest.mark.browser
+def test_each_entry_of_the_menus_shows_such_a_run(browser):
+    """A model and an objective. The keys go on working after each choice."""
+    from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.support.ui import Select
+    driver = browser(1280, HERE / "explore.html")
+    runs = data_of((HERE / "explore.html").read_text())["runs"]
+    kinds = {(run["model"], run["objective"]) for run in runs.values()}
+    for model, objective in sorted(kinds):
+        for menu, entry in ((".model", model), (".objective", objective)):
+            choice = Select(driver.find_element("css selector", f"#panel0 {menu}"))
+            choice.select_by_visible_text(entry)
+        title = driver.find_element("css selector", "#panel0 .title").text
+        assert title == f"{model}, {objective}"
+        before = driver.execute_script("return state.at")
+        ActionChains(driver).send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT, "3").perform()
+        assert driver.execute_script("return [state.at, state.graph]") == [max(before - 2, 0), 2]
+        assert driver.find_element("css selector", "#panel0 .title").text == title
+
+
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 768, 1400])
 def test_the_page_fits(browser, own_page, width):
     """Nothing overflows, whichever run is shown."""
