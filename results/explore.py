@@ -145,8 +145,9 @@ def page(logs, folder, live_models=()):
 
 
 def recorded_logs():
-    """-> {name: Log} of the default runs with seeds 0 and 1"""
+    """-> {name: Log} of the default runs with seeds 0 and 1, and of the other graphs with seed 0"""
     files = sorted((LOGS / "default").glob("*-seed[01].jsonl"))
+    files += sorted((LOGS / "graphs").glob("*-seed0.jsonl"))
     return {file.stem: read_log(file) for file in files}
 
 
