@@ -5,8 +5,8 @@
     python results/explore.py --live out/A out/B   takes the models to ask from these runs
 
 The page is explore_template.html with all that in it, as JSON. It needs no network. The models to
-ask come in pairs of an architecture, the teacher-forced one first. Their matrices are stored as int8
-with a scale for each row, in live_models.json.
+ask come in pairs of an architecture, the teacher-forced one first. Their matrices are stored as
+int8 with a scale for each row, in live_models.json.
 """
 import argparse
 import base64

@@ -628,6 +628,7 @@ def test_the_models_of_the_page_answer_as_pytorch_does(browser):
     star = PathStar(2, 5, 10)
     graphs = data.draw(star, 200, np.random.default_rng(5))
     for model in data_of((HERE / "explore.html").read_text())["live"]:
+        javascript_class = {"mamba": "Mamba", "gpt": "GPT"}[model["model"]]
         flags = ["--teacherless"] if model["config"]["teacherless"] else []
         args = settings("--model", model["model"], *flags)
         ours = train.build_model(args, star)
@@ -638,8 +639,15 @@ def test_the_models_of_the_page_answer_as_pytorch_does(browser):
         ours.load_state_dict(weights, strict=False)             # the lm_head is tied
         prefixes, solutions = train.prefixes_and_solutions(args, *graphs)
         answers, _, _ = train.predict(args, star, ours, prefixes, solutions)
+        _, forced, _ = train.predict(args, star, ours, prefixes[:20], solutions[:20])
+        if forced is not None:
+            assert forced.tolist() == driver.execute_script(
+                f"const model = new {javascript_class}(arguments[0]);"
+                "return arguments[1].map((pair) => forcedPredictions(model, ...pair));",
+                model, list(zip(prefixes[:20].tolist(), graphs[1][:20].tolist()))
+            )
         theirs = driver.execute_script(
-            f"const model = new {'Mamba' if model['model'] == 'mamba' else 'GPT'}(arguments[0]);"
+            f"const model = new {javascript_class}(arguments[0]);"
             "return arguments[1].map((prefix) => {"
             "  const { answer, logits } = generate(model, prefix, 5, arguments[2]);"
             "  return [answer, logits.map((each) => Array.from(each))];"
