@@ -570,7 +570,9 @@ def browser():
         options.add_argument(f"--{flag}")
     driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
 
-    def open_page(width, page):
+    def open_page(width, page, theme="light"):
+        media = [{"name": "prefers-color-scheme", "value": theme}]
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         driver.get(page.as_uri())
@@ -694,11 +696,13 @@ def test_two_models_can_be_asked(browser):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [360, 1280])
-def test_the_story_shows_what_it_says(browser, width):
+@pytest.mark.parametrize("width, theme", [(360, "dark"), (1280, "light")])
+def test_the_story_shows_what_it_says(browser, width, theme):
     """Each chapter, and again from the address that it leaves."""
     page = HERE / "explore.html"
-    driver = browser(width, page)
+    driver = browser(width, page, theme)
+    color = driver.find_element("css selector", "body").value_of_css_property("background-color")
+    assert (int(re.search(r"\d+", color)[0]) > 128) == (theme == "light")
     run = data_of(page.read_text())["runs"]
     left = run["mamba-teacher_forced-seed0"]["evaluations"]
     teacherless = run["mamba-teacherless-seed0"]["evaluations"]
