@@ -141,12 +141,18 @@ def draw_graphs():
                 length_ax.plot(config["path_len"] + shift, examples, **style)
             if config["path_len"] == 5:
                 arms_ax.plot(config["deg"] + shift, examples, **style)
-        for ax, label in ((length_ax, "nodes of the path, two arms"), (arms_ax, "arms, five nodes")):
+        for ax, label, sizes in (
+            (length_ax, "nodes of the path, two arms", range(5, 9)),
+            (arms_ax, "arms, five nodes", range(2, 6)),
+        ):
             ax.set_title(MODELS[model])
             ax.set_xlabel(label)
+            ax.set_xlim(sizes[0] - 0.5, sizes[-1] + 0.5)
+            ax.set_xticks(sizes)
             ax.set_yscale("log")
-            ax.yaxis.set_major_formatter(lambda x, _: f"{x / 1000:,.0f}k")
-            ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+            ax.set_ylim(1e4, 5e5)
+            ax.set_yticks([1e4, 3e4, 1e5, 3e5], ["10k", "30k", "100k", "300k"])
+            ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         length_ax.set_ylabel("training examples until\nsolved (x: not solved)")
     for color, label in ((GREEN, "looped"), (PURPLE, "each layer once")):
         axes[0, 0].plot([], [], "o", mfc="none", color=color, label=label)
