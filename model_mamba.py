@@ -11,7 +11,8 @@ forget, what to write and what to read. The recurrence is the scan of scan_kerne
 
 name          in the paper
 L             sequence length. In shapes B is the batch; in the code B and C are the scan's
-delta         Delta: how long a token acts. A large one overwrites the state, a small one keeps it
+delta         Delta, how long a token acts: a large one overwrites the state, a small one keeps it.
+              Here it is what Delta is before the scan adds a bias and takes the softplus
 d_model       D, the width of the residual stream. In the code D is the scan's skip connection
 d_inner       E D, the width inside a block (E = expand)
 d_state       N, numbers of state per channel
@@ -27,7 +28,7 @@ checkpoints load with `strict=True`. (They pad the vocabulary to a multiple of 8
 vocab_size=50280.) Training starts from other weights than the package's:
 - The embedding, which is the lm_head too, begins with entries of size 1 / sqrt(d_model), not 0.02.
   In a narrow model 0.02 would drown in what the first layer adds.
-- What layer i adds to the residual stream is scaled by 1 / i. (The package: by 1 / sqrt(n_layer)
+- What layer i adds to the residual stream is at first scaled by 1 / i. (The package: by 1 / sqrt(n_layer)
   in all layers.) Here a task of several look-ups in a row was then learned sooner.
 - With A_init < 1 states fade more slowly at first, and recall is learned sooner (Trockman et al.
   2024, arXiv 2410.11135).
@@ -54,7 +55,7 @@ class MambaConfig:
     expand: int = 2
     dt_rank: int = 0          # 0: d_model / 16, rounded up
     dt_min: float = 0.001     # Delta starts between these two, so that states last
-    dt_max: float = 0.1       # up to 1 / Delta = 10 to 1000 steps
+    dt_max: float = 0.1       # up to 1 / (A_init Delta) steps
 
     def __post_init__(self):
         if self.dt_rank == 0:

@@ -5,7 +5,8 @@
     python sample.py --out_dir out/... --graph "0,1|2,3|1,4|0,2/0,4="
 
 For each graph it prints
-- the arms, with the probability that the model gives to setting out on each;
+- the arms, with the probability that the model gives to setting out on each (a reversed one knows
+  the nodes behind by then);
 - the model's answer, and how sure it is of each node;
 - what it predicts when it is forced, that is, when it reads the true nodes before each place.
 

@@ -1537,6 +1537,12 @@ def test_resume_refuses_other_flags(given, says, trained, capsys):
     assert files_of(trained()) == before
 
 
+def test_a_solved_run_is_not_extended(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "STOP_AT", 0.0)
+    assert call(train, *TINY, "--out_dir", tmp_path) == 0
+    assert "solved at step 0" in refusal(capsys, train, "--resume", tmp_path, "--max_iters", 9)
+
+
 def test_nothing_is_overwritten(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     given = (*TINY, "--max_iters", 1)

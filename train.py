@@ -64,8 +64,9 @@ def prefixes_and_solutions(args, prefixes, paths):
 
 
 def inputs_and_targets(args, star, prefixes, solutions):
-    """What the model reads, and the token to predict at each place: -1, for none, in the prefix.
+    """What the model reads, and the token to predict at each place.
 
+    That is -1, for none, at all places of the prefix but the last.
     -> (n, prefix_len + solution_len - 1) both. Nothing is predicted after the last token.
     """
     fed = torch.full_like(solutions, star.dollar) if args.teacherless else solutions
@@ -624,8 +625,10 @@ def load_run(flags):
     ckpt, args, star, model = load_checkpoint(flags.resume)
     args.resume = flags.resume
     args.device = flags.device
-    done = ckpt["lines"][-1]["iter"]
     if flags.max_iters is not None:
+        done, accuracy = [ckpt["lines"][-1][name] for name in ("iter", "accuracy")]
+        if accuracy >= STOP_AT:
+            raise ValueError(f"the run was solved at step {done}: omit --max_iters")
         if flags.max_iters <= done:
             raise ValueError(f"--max_iters {flags.max_iters} is too few: {done} steps are done")
         args.max_iters = flags.max_iters
