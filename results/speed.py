@@ -3,7 +3,7 @@
     pip install transformers==5.* mambapy==1.2.0
     git clone https://github.com/karpathy/nanoGPT
     python results/speed.py --nanogpt nanoGPT
-    python results/speed.py --only scan --device cuda       on a GPU; beside mamba_ssm if installed
+    python results/speed.py --only gpu                      on a GPU; beside mamba_ssm
 
 Every time is the median of calls that take turns. What is not installed is left out.
 """
@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import importlib.util
 import io
+import itertools
 import logging
 import os
 import platform
@@ -78,7 +79,6 @@ CPU_SIZES = [               # batch, seqlen, dim, dstate
     (1, 16, 16, 4), (1, 64, 64, 16), (64, 1, 256, 16), (4, 128, 128, 16), (64, 31, 128, 16),
     (256, 17, 256, 16), (8, 512, 256, 16), (4, 2048, 512, 16),
 ]
-GPU_SIZES = [(64, 31, 128, 16), (256, 31, 1568, 16), (8, 2048, 1536, 16), (8, 2048, 3072, 16)]
 MAX_SEQLEN = 256            # of the scan of transformers, which takes minutes beyond
 
 
@@ -111,11 +111,6 @@ def transformers_scan(u, delta, A, B, C, D, z, delta_bias):
     )
 
 
-def mamba_ssm_scan(*inputs):
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    return selective_scan_fn(*inputs, delta_softplus=True)
-
-
 def scan_inputs(batch, seqlen, dim, dstate, device):
     """-> u, delta, A, B, C, D, z, delta_bias, in float32, channels last as the Mamba has them"""
     torch.manual_seed(0)
@@ -139,15 +134,12 @@ def forward_and_backward(scan, inputs):
 
 def print_scan(args):
     scans = {"ours": ours, "plain loop": plain_loop}
-    for name, scan in (
-        ("mambapy", mambapy_scan), ("transformers", transformers_scan),
-        ("mamba_ssm", mamba_ssm_scan),
-    ):
-        if is_installed(name) and (name != "mamba_ssm" or args.device == "cuda"):
+    for name, scan in (("mambapy", mambapy_scan), ("transformers", transformers_scan)):
+        if is_installed(name):
             scans[name] = scan
     rows = []
-    for size in CPU_SIZES if args.device == "cpu" else GPU_SIZES:
-        inputs = scan_inputs(*size, args.device)
+    for size in CPU_SIZES:
+        inputs = scan_inputs(*size, "cpu")
         expected = plain_loop(*inputs)
         calls = {}
         for name, scan in scans.items():
@@ -158,11 +150,80 @@ def print_scan(args):
         ms = take_turns(calls, seconds=4)
         others = [ms[name] / ms["ours"] if name in ms else "-" for name in list(scans)[1:]]
         rows.append([size, ms["ours"], *others])
-    machine = f"{torch.get_num_threads()} threads"
-    if args.device == "cuda":
-        machine = torch.cuda.get_device_name()
     columns = ["batch, seqlen, dim, dstate", "ours, ms", *list(scans)[1:]]
-    print_table(f"The scan, forward and backward, float32, {machine}", columns, rows)
+    threads = torch.get_num_threads()
+    print_table(f"The scan, forward and backward, float32, {threads} threads", columns, rows)
+
+
+# ---- The scan on a GPU, beside CUDA and beside other settings of our kernels
+
+GPU_SIZES = [(256, 31, 1568, 16), (256, 247, 768, 16), (8, 2048, 1536, 16), (1, 8192, 1536, 16)]
+EDITS = {                   # what stands in scan_kernel.py -> what takes its place
+    "3 stages": {"in range(seqlen)": "in tl.range(seqlen, num_stages=3)"},
+    "8 stages": {"in range(seqlen)": "in tl.range(seqlen, num_stages=8)"},
+    "chunk 4": {"TRITON_CHUNK = 8": "TRITON_CHUNK = 4"},
+    "chunk 4, 168 registers": {
+        "TRITON_CHUNK = 8": "TRITON_CHUNK = 4",
+        "num_warps=NUM_WARPS": "num_warps=NUM_WARPS, maxnreg=168",
+    },
+}
+
+
+def mamba_ssm_scan(*inputs):
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    return selective_scan_fn(*inputs, delta_softplus=True)
+
+
+def edited_scan(edits, folder):
+    """Our scan with some lines of its file changed."""
+    text = Path(scan_kernel.__file__).read_text()
+    for old, new in edits.items():
+        if text.count(old) != 1:
+            raise ValueError(f"{old!r} does not occur once in scan_kernel.py")
+        text = text.replace(old, new)
+    file = Path(folder) / f"scan_{abs(hash(text))}.py"          # Triton reads its kernels there
+    file.write_text(text)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return partial(module.selective_scan, delta_softplus=True)
+
+
+def gpu_inputs(size, dtype):
+    """-> inputs with channels last, as ours wants them, and with time last, as mamba_ssm does"""
+    inputs = scan_inputs(*size, "cuda")
+    for i in (0, 1, 3, 4, 6):                                   # u, delta, B, C, z
+        inputs[i] = inputs[i].detach().to(dtype).requires_grad_()
+    return inputs, [x.detach().contiguous().requires_grad_() for x in inputs]
+
+
+def print_gpu(args):
+    if not torch.cuda.is_available():
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        scans = {"ours": ours}
+        scans |= {name: edited_scan(edits, folder) for name, edits in EDITS.items()}
+        if is_installed("mamba_ssm"):
+            scans["mamba_ssm"] = mamba_ssm_scan
+        for size, dtype in itertools.product(GPU_SIZES, (torch.float32, torch.bfloat16)):
+            ours_inputs, cuda_inputs = gpu_inputs(size, dtype)
+            expected = ours(*ours_inputs).float()
+            forward, both = {}, {}
+            for name, scan in scans.items():
+                inputs = cuda_inputs if name == "mamba_ssm" else ours_inputs
+                error = (scan(*inputs).float() - expected).norm() / expected.norm()
+                if error > 0.01:
+                    raise ValueError(f"{name} differs from ours by {error:.0%} at {size}, {dtype}")
+                forward[name] = torch.no_grad()(partial(scan, *inputs))
+                both[name] = partial(forward_and_backward, scan, inputs)
+            forward["copy of u, delta, z"] = lambda: [ours_inputs[i].clone() for i in (0, 1, 6)]
+            for what, calls in (("forward", forward), ("and backward", both)):
+                ms = take_turns(calls, seconds=3)
+                others = [ms[name] / ms["ours"] if name in ms else "-" for name in [*forward][1:]]
+                rows.append([size, str(dtype)[6:], what, ms["ours"], *others])
+    columns = ["batch, seqlen, dim, dstate", "dtype", "", "ours, ms", *[*forward][1:]]
+    print_table(f"The scan, {torch.cuda.get_device_name()}", columns, rows)
 
 
 # ---- A training step
@@ -324,14 +385,14 @@ def print_generation(args):
 
 
 TABLES = {
-    "scan": print_scan, "steps": print_steps, "loop": print_loop, "generation": print_generation
+    "scan": print_scan, "gpu": print_gpu, "steps": print_steps, "loop": print_loop,
+    "generation": print_generation,
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nanogpt", help="checkout of nanoGPT, for the table `steps`")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the scan")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
     args = parser.parse_args()
     logging.disable(logging.WARNING)
