@@ -21,7 +21,7 @@ import torch  # noqa: E402
 
 from data import find_arms, parse_graph, run_script  # noqa: E402
 from sample import unseen_graphs  # noqa: E402
-from tables import LOGS, MODELS, Log, read_log  # noqa: E402
+from tables import LOGS, MODELS, PATCHES, Log, read_log  # noqa: E402
 from train import (  # noqa: E402
     TASK, load_checkpoint, predict, prefixes_and_solutions, summary
 )
@@ -51,12 +51,16 @@ def run_for_page(log):
             "answers": [sample["answer"] for sample in line["samples"]],
             "p_first_hop": [sample["p_first_hop"] for sample in line["samples"]],
         })
+    command = f"{log.command} --seed {log.config['seed']}"
+    patch = log.objective.replace(" ", "_")
+    if patch in PATCHES:
+        command += f", with results/cures/{patch}.patch"
     names = ("seed", "deg", "num_nodes", "n_layer", "n_loop")
     settings = {name: log.config[name] for name in names}
     return {
         "model": log.model,
         "objective": log.objective,
-        "command": f"{log.command} --seed {log.config['seed']}",
+        "command": command,
         **settings,
         "n_test": log.config["n_test"],
         "graphs": graphs,
@@ -145,10 +149,14 @@ def page(logs, folder, live_models=()):
 
 
 def recorded_logs():
-    """-> {name: Log} of the default runs with seeds 0 and 1, and of the other graphs with seed 0"""
-    files = sorted((LOGS / "default").glob("*-seed[01].jsonl"))
-    files += sorted((LOGS / "graphs").glob("*-seed0.jsonl"))
-    return {file.stem: read_log(file) for file in files}
+    """-> {name: Log} of the default runs with seeds 0 and 1, and of others with seed 0"""
+    logs = {}
+    for pattern in ("default/*-seed[01]", "graphs/*-seed0", "cures/*/*-seed0"):
+        for file in sorted(LOGS.glob(pattern + ".jsonl")):
+            log = read_log(file)
+            if not log.is_old:
+                logs["-".join(file.relative_to(LOGS).with_suffix("").parts[1:])] = log
+    return logs
 
 
 def main():

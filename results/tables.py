@@ -25,10 +25,8 @@ from train import SOLVED  # noqa: E402
 PAGES = [HERE.parent / "README.md", HERE / "README.md", HERE / "cures" / "README.md"]
 MODELS = {"gpt": "Transformer", "mamba": "Mamba", "gru": "GRU"}
 OBJECTIVES = ["teacher-forced", "first hop only", "reversed", "teacherless"]
-CURES = [
-    "next_token", "teacherless", "half_and_half", "look_ahead", "token_order", "bag_of_words",
-    "next_latent",
-]
+PATCHES = ["half_and_half", "look_ahead", "token_order", "bag_of_words", "next_latent"]
+CURES = ["next_token", "teacherless", *PATCHES]
 
 
 # ---- Reading logs
@@ -76,6 +74,8 @@ class Log:
 
     @property
     def objective(self):
+        if self.file.parent.parent.name == "cures" and self.file.parent.name in PATCHES:
+            return self.file.parent.name.replace("_", " ")
         if self.config["only_first_hop"]:
             return "first hop only"
         if self.config["reverse"]:
@@ -257,9 +257,17 @@ def graphs_table(logs):
 
 
 def cure_runs(objective, logs=LOGS):
-    """-> {(graph, model): the runs of an objective}"""
-    runs = read_logs(f"cures/{objective}", logs)
-    return groups(runs, lambda log: (log.graph, log.config["model"]))
+    """-> {(graph, model): the runs of an objective}
+
+    The two objectives without a patch have default runs, too. These count where results/logs/cures
+    has none.
+    """
+    def key(log):
+        return log.graph, log.config["model"]
+
+    name = {"next_token": "teacher-forced"}.get(objective, objective)
+    default = [log for log in read_logs("default", logs) if log.objective == name]
+    return groups(default, key) | groups(read_logs(f"cures/{objective}", logs), key)
 
 
 def examples_until_solved(runs):

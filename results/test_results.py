@@ -123,7 +123,8 @@ def test_tables_count_right(tmp_path):
     assert cells(tables.graphs_table(tmp_path)) == [row]
     assert ["look ahead", "1 of 2, 26k"] in cells(tables.cures_table(tmp_path))
     row = ["G(2,5), 10 names", "Transformer", "look ahead", *ends, ends[1], "26k", "96k"]
-    assert cells(tables.cure_details_table(tmp_path)) == [row]
+    next_token = ["G(2,5), 10 names", "Transformer", "next token", *ends, ends[1], "26k", "96k"]
+    assert cells(tables.cure_details_table(tmp_path)) == [next_token, row]
     write_log(tmp_path / "long" / "c.jsonl", 1, [0, 0.5])
     row = ["`python train.py`", "50.0 %", "50.0 %", "100"]
     assert cells(tables.long_table(tmp_path)) == [row]
