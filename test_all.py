@@ -1911,42 +1911,6 @@ def test_a_setting_that_a_model_lacks_shows_its_traceback(name, monkeypatch, tmp
         call(train, "--max_iters", 1, "--n_test", 20, "--out_dir", tmp_path / "run")
 
 
-def some_flags(random):
-    """Flags at random, a few of them wrong."""
-    flags = [  # the first value is a good one
-        "--deg 2 3 0 -1", "--path_len 3 5 1", "--num_nodes 15 12 4", "--n_train 50 0 -3",
-        "--n_test 10 0", "--model gpt mamba rnn", "--n_layer 1 0", "--n_embd 16 12 15",
-        "--n_head 2 4 0", "--d_state 2 0", "--batch_size 4 0", "--lr 1e-3 0 nan x",
-        "--decay_frac .5 0", "--weight_decay 0 -1", "--warmup_iters 0 5 -1", "--seed 1 -1",
-        "--eval_interval 1 2 0", "--dtype float32 bfloat16 int8", "--device cpu cuda:7",
-        "--frobnicate 1",
-        "--teacherless", "--reverse", "--only_first_hop",
-    ]
-    given = ["--max_iters", "2", "--n_train", "50", "--n_test", "10", "--batch_size", "8"]
-    for flag in random.permutation(flags)[:random.integers(1, 9)]:
-        name, *values = flag.split()
-        given.append(name)
-        if values:
-            given.append(values[0 if random.random() < 0.7 else random.integers(len(values))])
-    return given
-
-
-@pytest.mark.parametrize("n", [40, pytest.param(500, marks=pytest.mark.slow)])
-def test_combinations_of_flags(n, tmp_path, capsys):
-    """Each runs to its end, or is refused."""
-    random = rng()
-    ran = 0
-    for i in range(n):
-        given = (*some_flags(random), "--out_dir", tmp_path / str(i))
-        if call(train, *given) == 0:
-            ran += 1
-            assert len(files_of(tmp_path / str(i))) == 2, given
-        else:
-            assert refusal(capsys, train, *given).startswith("train.py: error: "), given
-            assert not (tmp_path / str(i)).exists(), given
-    assert n / 8 < ran < n * 7 / 8
-
-
 # ---- Terminals, pipes and full disks
 
 
@@ -2038,7 +2002,7 @@ def test_scripts_run_in_a_notebook(monkeypatch):
     assert notebook.getvalue() == "graphs\n"
 
 
-def test_stdout_may_be_closed(tmp_path):                   
+def test_stdout_may_be_closed():
     command = f"exec '{sys.executable}' '{HERE / 'data.py'}' >&-"
     process = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in process.stderr
@@ -2162,42 +2126,7 @@ def test_a_model_that_was_not_copied_is_missed_in_one_line(trained, tmp_path):
         assert result.stderr == f"{command[1]}: error: model_mamba.py is missing\n"
 
 
-# ---- The long tests: pytest -m slow
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("given", [
-    ("--model", "gpt"), ("--model", "mamba", "--teacherless", "--n_train", 0)
-])
-def test_25_kills(given, tmp_path):
-    """kill -9 at random moments; the run ends with the same bits as one that was left alone.
-
-    A checkpoint is written after each step, so many of the kills hit that.
-    """
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    given = (*TINY, *given, "--max_iters", 1500, "--eval_interval", 1)
-    assert call(train, *given, "--out_dir", whole) == 0
-    random, ckpt, killed = rng(), parts / "ckpt.pt", 0
-    for kill in range(25):
-        begun = ckpt.exists()
-        flags = ("--resume", parts) if begun else (*given, "--out_dir", parts)
-        process = start("train.py", *flags, stdout=subprocess.DEVNULL)
-        if kill % 4 == 0:                                       # while it starts
-            time.sleep(random.uniform(0.5, 3))
-        else:                                                   # between and in its checkpoints
-            before = ckpt.stat().st_mtime_ns if begun else 0
-            wait_for(lambda: ckpt.exists() and ckpt.stat().st_mtime_ns > before, process)
-            time.sleep(random.uniform(0, 0.3))
-        process.kill()
-        _, err = process.communicate()
-        assert err == ""
-        killed += process.returncode == -signal.SIGKILL
-        if ckpt.exists():
-            read_ckpt(parts)
-    assert killed > 5
-    assert call(train, "--resume", parts) == 0
-    assert_same_run(whole, parts)
-
+# ---- A long test: pytest -m slow
 
 # A program that trains, and prints the pages in memory at each evaluation.
 PAGES = """

@@ -8,6 +8,8 @@ There are four ways to train (Bachmann & Nagarajan 2024, figure 1). With a prefi
     --reverse                   reads  p 9 3     predicts  9 3 7     from goal to start
     --only_first_hop            reads  p 7       predicts  7 3       and no later node
 
+--teacherless and --reverse can be had together.
+
 Every evaluation keeps two phases apart. In *inference* (`accuracy`, `node_accuracy`) the model
 reads its own tokens, or only $ (teacherless). In the *forced* phase (`forced_accuracy`,
 `forced_node_accuracy`) it reads the true ones, as in teacher-forced training. Both list the nodes
