@@ -22,7 +22,6 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ sys.path.insert(0, str(HERE.parent))
 import scan_kernel  # noqa: E402
 import train  # noqa: E402
 from data import PathStar, draw, run_script  # noqa: E402
-from tables import markdown, read_log  # noqa: E402
+from tables import markdown  # noqa: E402
 
 STAR = PathStar(2, 5, 10)
 
@@ -305,55 +304,6 @@ def print_steps(args):
     print_table("A training step of the default models, one thread", columns, rows)
 
 
-# ---- Where the time of the training loop goes
-
-
-def clocked(seconds, kind, function):
-    """The function, with the time that its calls take added to seconds[kind]."""
-    def call(*args, **kwargs):
-        if seconds["running"]:                                  # called by another one
-            return function(*args, **kwargs)
-        seconds["running"] = True
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        seconds[kind] += time.perf_counter() - start
-        seconds["running"] = False
-        return result
-
-    return call
-
-
-def clock_run(model, threads):
-    """Runs train.py with clocks -> the row of the table"""
-    torch.set_num_threads(threads)
-    seconds = {"running": False, "step": 0.0, "evaluation": 0.0}
-    with contextlib.ExitStack() as patches, tempfile.TemporaryDirectory() as folder:
-        argv = f"train.py --model {model} --max_iters 200 --out_dir {folder} --device cpu".split()
-        patches.enter_context(mock.patch.object(sys, "argv", argv))
-        patches.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        for owner, name, kind in (
-            (type(default_model(model, STAR)), "forward", "step"),
-            (torch.Tensor, "backward", "step"),
-            (torch.nn.utils, "clip_grad_norm_", "step"),
-            (torch.optim.AdamW, "step", "step"),
-            (train, "evaluate", "evaluation"),
-            (train, "save", "evaluation"),
-        ):
-            function = clocked(seconds, kind, getattr(owner, name))
-            patches.enter_context(mock.patch.object(owner, name, function))
-        train.main()
-        everything = read_log(Path(folder) / "log.jsonl").end["elapsed_s"]
-    loop = everything - seconds["step"] - seconds["evaluation"]
-    shares = [part / everything for part in (seconds["step"], loop, seconds["evaluation"])]
-    return [f"`--model {model}`", threads, *[f"{share:.1%}" for share in shares]]
-
-
-def print_loop(args):
-    rows = [clock_run(name, n) for name in ("gpt", "mamba") for n in (1, os.cpu_count())]
-    columns = ["200 steps", "threads", "forward, backward, AdamW", "the loop", "three evaluations"]
-    print_table("Where the time of the training loop goes", columns, rows)
-
-
 # ---- Generation
 
 
@@ -385,8 +335,7 @@ def print_generation(args):
 
 
 TABLES = {
-    "scan": print_scan, "gpu": print_gpu, "steps": print_steps, "loop": print_loop,
-    "generation": print_generation,
+    "scan": print_scan, "gpu": print_gpu, "steps": print_steps, "generation": print_generation
 }
 
 
