@@ -14,8 +14,9 @@ Training starts from other weights than GPT-2's in three ways:
 - The table of positions begins as sinusoids, not as noise, and larger than the other weights.
   Attention to "the token one to the left" is then easy to express.
 - The matrices begin larger in a narrow model. At GPT-2's width they begin as GPT-2's do.
-- What block i adds to the residual stream is at first scaled by 1 / i. (GPT-2: by 1 / sqrt(2 n_layer) in
-  all blocks.) Here a task of several look-ups in a row was then learned sooner.
+- What block i adds to the residual stream is at first scaled by 1 / i. (GPT-2: by
+  1 / sqrt(2 n_layer) in all blocks.) Here a task of several look-ups in a row was then learned
+  sooner.
 """
 import math
 from dataclasses import dataclass

@@ -28,8 +28,9 @@ checkpoints load with `strict=True`. (They pad the vocabulary to a multiple of 8
 vocab_size=50280.) Training starts from other weights than the package's:
 - The embedding, which is the lm_head too, begins with entries of size 1 / sqrt(d_model), not 0.02.
   In a narrow model 0.02 would drown in what the first layer adds.
-- What layer i adds to the residual stream is at first scaled by 1 / i. (The package: by 1 / sqrt(n_layer)
-  in all layers.) Here a task of several look-ups in a row was then learned sooner.
+- What layer i adds to the residual stream is at first scaled by 1 / i. (The package: by
+  1 / sqrt(n_layer) in all layers.) Here a task of several look-ups in a row was then learned
+  sooner.
 - With A_init < 1 states fade more slowly at first, and recall is learned sooner (Trockman et al.
   2024, arXiv 2410.11135).
 """

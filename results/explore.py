@@ -165,7 +165,7 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="*", type=Path, help="of runs")
-    parser.add_argument("--live", nargs="+", type=Path, metavar="OUT", help="runs to take them from")
+    parser.add_argument("--live", nargs="+", type=Path, metavar="OUT", help="take them from")
     args = parser.parse_args()
     folders = args.folders
     try:

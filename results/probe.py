@@ -5,10 +5,10 @@
 
 1. When does the model know which node? A row belongs to a node of the path, and to the residual
    stream after so many applications of a layer; a column to a position of the input. A
-   least-squares map from the stream at this position to the node is fitted on 4,000 random graphs. The
-   cell is the share of 2,000 other graphs in which the map finds the node. The position "at start"
-   is the one that has to predict the start, the last token of the prefix. The position "at hop 1"
-   is the first $, and so on. Training asks for a node at its own position only.
+   least-squares map from the stream at this position to the node is fitted on 4,000 random graphs.
+   The cell is the share of 2,000 other graphs in which the map finds the node. The position "at
+   start" is the one that has to predict the start, the last token of the prefix. The position "at
+   hop 1" is the first $, and so on. Training asks for a node at its own position only.
 2. How many paths are right if the layers run more or less often than in training, on paths of other
    lengths? On 1,000 random graphs, with as many arms and names as in training. A Transformer has no
    positions for a longer path.
