@@ -9,7 +9,8 @@
 The name of a run is that of its log in results/logs. A record has its command in its first line;
 new runs have theirs in a file, with lines NAME: python train.py ... Runs go to out/reproduce/NAME,
 and go on where they were interrupted. A run in cures/X/ is made in a copy of the code, in
-out/patched/X, with results/cures/X.patch if there is one. All figures but times are compared.
+out/patched/X, with results/cures/X.patch if there is one. So is a run in exercises/X/. All figures
+but times are compared.
 
 Another machine, number of threads or version of PyTorch rounds differently. A run that waits on a
 plateau then leaves it at another step.
@@ -76,14 +77,16 @@ def read_commands(file):
 
 
 def patch_of(name):
-    """The patch of a run in cures/X/, or None."""
+    """The patch of a run in cures/X/ or exercises/X/, or None."""
     folder, *rest = name.split("/")
-    patch = HERE / "cures" / f"{rest[0]}.patch" if folder == "cures" else None
-    return patch if patch is not None and patch.exists() else None
+    if folder not in ("cures", "exercises"):
+        return None
+    patch = HERE / folder / f"{rest[0]}.patch"
+    return patch if patch.exists() else None
 
 
 def code_of(name):
-    """The folder with the code of a run: the project, or a new copy of it with a cure's patch."""
+    """The folder with the code of a run: the project, or a new copy of it with a patch."""
     patch = patch_of(name)
     if patch is None:
         return PROJECT

@@ -172,7 +172,7 @@ def test_each_recorded_command_asks_for_the_recorded_run():
 
     The defaults of the cures' runs were others.
     """
-    logs = [log for log in tables.read_logs("") if log.file.parent.name != "exercises"]
+    logs = [log for log in tables.read_logs("") if "exercises" not in log.file.parts]
     logs = [log for log in logs if "n_loop" in log.config]
     assert logs
     for log in logs:
