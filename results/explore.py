@@ -119,7 +119,8 @@ def live_model(folder):
         "model": args.model,
         "title": f"{log.model}, {log.objective}",
         "objective": log.objective,
-        "about": f"{log.end['iter']:,} steps; {after:.1%} of {N_JUDGED:,} new graphs right.",
+        "about": f"Seed {log.config['seed']} below; right in {100 * after:.1f} % of {N_JUDGED:,} new "
+        "graphs.",
         "accuracy": {"float32": before, "int8": after},
         "command": f"{log.command} --seed {log.config['seed']}",
         "commit": log.header["commit"],

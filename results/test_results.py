@@ -687,12 +687,16 @@ def test_two_models_can_be_asked(browser):
     assert text("#live1 .said").startswith(start) and f"→ {goal}." in text("#live1 .said")
     driver.find_element("css selector", "#live0 .choose").send_keys(Keys.ENTER)
     assert "of 2." in text("#live0 .score") and text("#tokens") == prefix
+    for _ in range(2):                                          # the focus stays
+        driver.switch_to.active_element.send_keys(" ")
+    assert "of 4." in text("#live0 .score") and text("#tokens") == prefix
+    assert driver.execute_script("return state.timer") is None  # nothing plays
     click("#new-order")
     assert "Only the order of the edges changed" in text("#live0 .change")
     assert sorted(text("#tokens")[:-5].split("|")) == sorted(prefix[:-5].split("|"))
     click("#new-names")
     click("#new-graph")
-    assert re.match("Right in [0-6] of 6. Turned to the new goal in [0-2] of 2.$",
+    assert re.match("Right in [0-8] of 8. Turned to the new goal in [0-4] of 4.$",
                     text("#live0 .score"))
 
 
@@ -726,6 +730,13 @@ def test_the_story_shows_what_it_says(browser, width, theme):
                     shown = driver.find_element("css selector", f"#panel{panel} .share").text
                     assert shown == f"{evaluation['accuracy']:.1f} %"
             driver.refresh()
+    button = "document.querySelectorAll('#chapters button')[2]"
+    text = driver.execute_script(f"{button}.click(); return byId('chapter').textContent")
+    assert "“Node by node”" in text
+    assert driver.find_element("css selector", "#panel1 table").is_displayed()
+    driver.execute_script("show(1, 'mamba-reverse-seed0')")     # the text would be wrong
+    assert driver.find_element("id", "chapter").text == ""
+    assert driver.execute_script(f"return {button}.ariaPressed") == "false"
 
 
 @pytest.mark.browser
