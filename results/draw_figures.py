@@ -125,7 +125,8 @@ def draw_graphs():
     A model in a loop beside one without.
     """
     figure, axes = plt.subplots(2, 2, figsize=(7.2, 4.6), layout="constrained")
-    runs = read_logs("default") + read_logs("loops") + read_logs("graphs")
+    runs = [log for log in read_logs("loops") if log.config["n_loop"] == 1]
+    runs += read_logs("default") + read_logs("graphs")
     runs = [log for log in runs if log.objective == "teacherless" and not log.is_old]
     for model, (length_ax, arms_ax) in zip(("gpt", "mamba"), axes):
         for log in runs:
