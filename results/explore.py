@@ -152,7 +152,7 @@ def page(logs, folder, live_models=()):
 def recorded_logs():
     """-> {name: Log} of the default runs with seeds 0 and 1, and of others with seed 0"""
     logs = {}
-    for pattern in ("default/*-seed[01]", "graphs/*-seed0", "cures/*/*-seed0"):
+    for pattern in ("default/*-seed[01]", "graphs/*-seed[01]", "cures/*/*-seed0"):
         for file in sorted(LOGS.glob(pattern + ".jsonl")):
             log = read_log(file)
             if "n_loop" in log.config:                          # else it is too old for the page
