@@ -3,6 +3,7 @@
     python results/draw_figures.py
 """
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data import PathStar, draw, edges_of, find_arms, run_script  # noqa: E402
-from tables import CURES, MODELS, cure_runs, read_logs  # noqa: E402
+from tables import CURES, MODELS, cure_runs, model_of, read_logs  # noqa: E402
 from train import STOP_AT  # noqa: E402
 
 # These colours differ for the colour-blind, too, and can be read on white and on black. As in the
@@ -163,21 +164,25 @@ def draw_graphs():
 
 def draw_cures():
     """How many examples each objective needs until a graph is solved."""
-    panels = sorted({key for objective in CURES for key in cure_runs(objective)})
+    found = cure_runs()
+    panels = sorted({key for kinds in found.values() for key in kinds})
     figure, axes = plt.subplots(
-        len(panels) // 2, 2, figsize=(7.2, 1.2 * len(panels)), sharey=True, layout="constrained"
+        math.ceil(len(panels) / 2), 2, figsize=(7.2, 1.2 * len(panels)), sharey=True,
+        layout="constrained"
     )
-    for (graph, model), ax in zip(panels, axes.flat):
+    for ax in axes.flat[len(panels):]:
+        ax.axis("off")
+    for key, ax in zip(panels, axes.flat):
         for row, objective in enumerate(CURES):
-            for log in cure_runs(objective).get((graph, model), []):
+            for log in found[objective].get(key, []):
                 line = log.solved_line
                 color, marker = (BLUE, "o") if line else (ORANGE, "x")
                 examples = (line or log.end)["examples"] / 1000
                 ax.plot(examples, row, marker, color=color, mfc="none", markersize=6)
-        ax.set_title(f"{MODELS[model]}, {graph}")
+        graph, *kind = key
+        ax.set_title(f"{model_of(*kind)}, {graph}")
         ax.set_xlim(0, 1.08 * ax.dataLim.x1)
         ax.grid(axis="y", color=GREY, alpha=0.3)
-    for ax in axes[-1]:
         ax.set_xlabel("thousand examples until solved (x: not solved)")
     names = [objective.replace("_", " ") for objective in CURES]
     axes[0, 0].set_yticks(range(len(names)), names)

@@ -256,18 +256,30 @@ def graphs_table(logs):
     return markdown(columns, rows)
 
 
-def cure_runs(objective, logs=LOGS):
-    """-> {(graph, model): the runs of an objective}
+def cure_runs(logs=LOGS):
+    """-> {objective: {(graph, whether the model is looped, model): runs}}
 
-    The two objectives without a patch have default runs, too. These count where results/logs/cures
-    has none.
+    The two objectives without a patch have the default runs, too. A key without a run of a patch
+    is left out.
     """
     def key(log):
-        return log.graph, log.config["model"]
+        return log.graph, log.config.get("n_loop", 1) > 1, log.config["model"]
 
-    name = {"next_token": "teacher-forced"}.get(objective, objective)
-    default = [log for log in read_logs("default", logs) if log.objective == name]
-    return groups(default, key) | groups(read_logs(f"cures/{objective}", logs), key)
+    found = {}
+    for objective in CURES:
+        runs = read_logs(f"cures/{objective}", logs)
+        name = {"next_token": "teacher-forced"}.get(objective, objective)
+        runs += [log for log in read_logs("default", logs) if log.objective == name]
+        found[objective] = groups(runs, key)
+    compared = {key for patch in PATCHES for key in found[patch]}
+    return {
+        objective: {key: runs for key, runs in kinds.items() if key in compared}
+        for objective, kinds in found.items()
+    }
+
+
+def model_of(looped, model):
+    return f"looped {MODELS[model]}" if looped else MODELS[model]
 
 
 def examples_until_solved(runs):
@@ -278,9 +290,10 @@ def examples_until_solved(runs):
 
 def cures_table(logs):
     """A row for each objective, a column for each graph and model."""
-    cells = {objective: cure_runs(objective, logs) for objective in CURES}
+    cells = cure_runs(logs)
     keys = sorted({key for found in cells.values() for key in found})
-    columns = ["objective"] + [f"{MODELS[model]}, {graph.split(', ')[0]}" for graph, model in keys]
+    columns = ["objective"]
+    columns += [f"{model_of(*kind)}, {graph.split(', ')[0]}" for graph, *kind in keys]
     rows = []
     for objective, found in cells.items():
         row = [objective.replace("_", " ")]
@@ -297,18 +310,18 @@ def cure_details_table(logs):
         "graph", "model", "objective", "solved", "paths right", "first hop",
         "examples until solved", "examples at most",
     ]
-    rows = []
-    for objective in CURES:
-        for (graph, _), runs in cure_runs(objective, logs).items():
+    rows = {}
+    for objective, found in cure_runs(logs).items():
+        for key, runs in found.items():
+            graph, *kind = key
             config = runs[0].config
-            rows.append([
-                graph, runs[0].model, objective.replace("_", " "), solved(runs), paths_right(runs),
-                percent([run.end["node_accuracy"][1] for run in runs]),
+            rows.setdefault(key, []).append([
+                graph, model_of(*kind), objective.replace("_", " "), solved(runs),
+                paths_right(runs), percent([run.end["node_accuracy"][1] for run in runs]),
                 examples_until_solved(runs) or "-",
                 f"{config['max_iters'] * config['batch_size'] / 1000:.0f}k",
             ])
-    rows.sort(key=lambda row: (row[0], row[1] == "Mamba"))      # and in the order of CURES
-    return markdown(columns, rows)
+    return markdown(columns, [row for key in sorted(rows) for row in rows[key]])
 
 
 def runs_table(logs):

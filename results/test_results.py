@@ -122,9 +122,10 @@ def test_tables_count_right(tmp_path):
     row = ["G(2,5), 10 names", "`python train.py`", *ends, "75, 25, 50 %", "250 (200 - 300)"]
     assert cells(tables.graphs_table(tmp_path)) == [row]
     assert ["look ahead", "1 of 2, 26k"] in cells(tables.cures_table(tmp_path))
-    row = ["G(2,5), 10 names", "Transformer", "look ahead", *ends, ends[1], "26k", "96k"]
-    next_token = ["G(2,5), 10 names", "Transformer", "next token", *ends, ends[1], "26k", "96k"]
-    assert cells(tables.cure_details_table(tmp_path)) == [next_token, row]
+    assert cells(tables.cure_details_table(tmp_path)) == [
+        ["G(2,5), 10 names", "looped Transformer", objective, *ends, ends[1], "26k", "96k"]
+        for objective in ("next token", "look ahead")           # a default one, and a patch's
+    ]
     write_log(tmp_path / "long" / "c.jsonl", 1, [0, 0.5])
     row = ["`python train.py`", "50.0 %", "50.0 %", "100"]
     assert cells(tables.long_table(tmp_path)) == [row]
