@@ -1,6 +1,6 @@
 """Makes a page to ask two models, and to see what others answered at each step of their training.
 
-    python results/explore.py                      results/explore.html, from results/logs/default
+    python results/explore.py                      results/explore.html, from results/logs
     python results/explore.py out/RUN [out/RUN2]   out/RUN/explore.html, from runs of your own
     python results/explore.py --live out/A out/B   takes the models to ask from these runs
 
@@ -150,7 +150,7 @@ def page(logs, folder, live_models=()):
 
 
 def recorded_logs():
-    """-> {name: Log} of the default runs with seeds 0 and 1, and of others with seed 0"""
+    """-> {name: Log} of default runs and of other graphs, seeds 0 and 1, and of cures, seed 0"""
     logs = {}
     for pattern in ("default/*-seed[01]", "graphs/*-seed[01]", "cures/*/*-seed0"):
         for file in sorted(LOGS.glob(pattern + ".jsonl")):
@@ -166,7 +166,7 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="*", type=Path, help="of runs")
-    parser.add_argument("--live", nargs="+", type=Path, metavar="OUT", help="take them from")
+    parser.add_argument("--live", nargs="+", type=Path, metavar="OUT", help="of the models to ask")
     args = parser.parse_args()
     folders = args.folders
     try:
