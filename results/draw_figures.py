@@ -121,39 +121,45 @@ def draw_nodes(name, objective, key, ylabel):
 
 
 def draw_graphs():
-    """The examples that teacherless Mambas need, over the path's length and the number of arms.
+    """The examples that teacherless models need, over the path's length and the number of arms.
 
-    Looped ones, and on the default graph those of six layers.
+    On the default graph, those of ordinary stacks, too.
     """
-    figure, (length_ax, arms_ax) = plt.subplots(1, 2, figsize=(7.2, 2.7), layout="constrained")
+    kinds = {   # (model, whether it is looped): colour, shift to the right, marker
+        ("mamba", True): (GREEN, -0.15, "o"),
+        ("mamba", False): (GREEN, -0.05, "s"),
+        ("gpt", True): (PURPLE, 0.05, "o"),
+        ("gpt", False): (PURPLE, 0.15, "s"),
+    }
+    figure, (length_ax, arms_ax) = plt.subplots(1, 2, figsize=(7.2, 2.9), layout="constrained")
     runs = [log for log in read_logs("loops") if log.config["n_loop"] == 1]
     runs += read_logs("default") + read_logs("graphs")
     for log in runs:
         config = log.config
-        if config["model"] != "mamba" or log.objective != "teacherless":
+        if log.objective != "teacherless":
             continue
-        color, shift = (GREEN, -0.1) if config["n_loop"] > 1 else (PURPLE, 0.1)
+        color, shift, marker = kinds[config["model"], config["n_loop"] > 1]
         line = log.solved_line
         examples = (line or log.end)["examples"]
-        style = dict(marker="o" if line else "x", color=color, mfc="none", markersize=6)
+        style = dict(marker=marker if line else "x", color=color, mfc="none", markersize=6)
         if config["deg"] == 2:
             length_ax.plot(config["path_len"] + shift, examples, **style)
         if config["path_len"] == 5:
             arms_ax.plot(config["deg"] + shift, examples, **style)
-    for ax, label, sizes in (
-        (length_ax, "nodes of the path, two arms", range(5, 7)),
-        (arms_ax, "arms, five nodes", range(2, 6)),
+    for ax, label in (
+        (length_ax, "nodes of the path, two arms"),
+        (arms_ax, "arms, five nodes"),
     ):
         ax.set_xlabel(label)
-        ax.set_xlim(sizes[0] - 0.5, sizes[-1] + 0.5)
-        ax.set_xticks(sizes)
+        ax.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(1))
+        ax.margins(x=0.1)
         ax.set_yscale("log")
-        ax.set_ylim(1e4, 5e5)
-        ax.set_yticks([1e4, 3e4, 1e5, 3e5], ["10k", "30k", "100k", "300k"])
-        ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        ax.set_ylim(1e4, 1e6)
+        ax.set_yticks([1e4, 1e5, 1e6], ["10k", "100k", "1,000k"])
     length_ax.set_ylabel("training examples until\nsolved (x: not solved)")
-    for color, label in ((GREEN, "looped Mamba"), (PURPLE, "Mamba, each layer once")):
-        length_ax.plot([], [], "o", mfc="none", color=color, label=label)
+    for (model, looped), (color, _, marker) in kinds.items():
+        label = f"{MODELS[model]}, {'looped' if looped else 'each layer once'}"
+        length_ax.plot([], [], marker, color=color, mfc="none", label=label)
     figure.legend(*length_ax.get_legend_handles_labels(), loc="outside upper center", ncol=2)
     save(figure, "graphs")
 
