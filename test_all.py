@@ -1563,6 +1563,23 @@ def test_nothing_is_overwritten(monkeypatch, tmp_path, capsys):
     assert len(list((tmp_path / "out").iterdir())) == 5
 
 
+def test_init_from_starts_with_the_weights_of_another_run(trained, tmp_path, capsys):
+    given = ("--model", "mamba", "--teacherless")
+    weights = read_ckpt(trained(*given))["model"]
+    flags = (*TINY, *given, "--deg", 3, "--path_len", 4, "--n_loop", 2, "--init_from")
+    new = (*flags, trained(*given), "--out_dir", tmp_path / "new")
+    call_and_kill("step", 1, *new)                              # before it has changed them
+    started = read_ckpt(tmp_path / "new")["model"]
+    assert all(torch.equal(started[name], weights[name]) for name in weights)
+    assert call(train, "--resume", tmp_path / "new") == 0       # its own weights now
+    assert call(train, *new, "--overwrite", "--out_dir", tmp_path / "whole") == 0
+    ckpts = [read_ckpt(tmp_path / name)["model"] for name in ("new", "whole")]
+    assert all(torch.equal(ckpts[0][name], ckpts[1][name]) for name in weights)
+    for folder, says in ((trained(), "does not fit the model"), (tmp_path, "No such file")):
+        assert says in refusal(capsys, train, *flags, folder, "--out_dir", tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
 @pytest.mark.skipif(train.fcntl is None, reason="no locks on Windows")
 def test_one_folder_has_one_run_at_a_time(tmp_path, capsys):
     """A process that is killed lets go of it."""

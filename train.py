@@ -447,12 +447,17 @@ def load_checkpoint(out_dir):
         raise ValueError(f"{path} is not of this version of train.py: {error}") from None
     args.out_dir = out_dir
     model = build_model(args, star)
+    load_weights(model, weights, path)
+    return ckpt, args, star, model.eval()
+
+
+def load_weights(model, weights, path):
+    """Raises ValueError if the weights, those of the file `path`, do not fit the model."""
     try:
         model.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit the model: {reason}") from None
-    return ckpt, args, star, model.eval()
 
 
 @contextlib.contextmanager
@@ -527,6 +532,8 @@ def make_parser():
     add("--n_head", type=positive_int, help="attention heads, of gpt")
     add("--d_state", type=positive_int, help="numbers of state per channel, of mamba")
     add("--A_init", type=positive_float, help="A starts at -A_init (1, ..., d_state), of mamba")
+    add("--init_from", metavar="OUT_DIR",
+        help="start with the weights of another run, whose n_loop and graphs may differ")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--batch_size", type=positive_int, help="examples in a step")
@@ -700,6 +707,9 @@ def main():
                 args.out_dir = args.out_dir or default_out_dir(args)
                 torch.manual_seed(args.seed)
                 model = build_model(args, star)
+                if args.init_from is not None:
+                    init_ckpt, *_ = load_checkpoint(args.init_from)
+                    load_weights(model, init_ckpt["model"], args.init_from)
                 stack.enter_context(locked(args.out_dir))
                 if not args.overwrite:
                     refuse_to_overwrite(args.out_dir)
