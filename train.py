@@ -460,6 +460,26 @@ def load_weights(model, weights, path):
         raise ValueError(f"{path} does not fit the model: {reason}") from None
 
 
+def init_weights(model, star, out_dir):
+    """Gives a new model the weights of another run, for --init_from.
+
+    The other run may have had another n_loop and, with a model that has no weights for positions,
+    other graphs. Names that it did not have keep their own. Raises OSError and ValueError as
+    `load_checkpoint`, and ValueError if the weights do not fit.
+    """
+    _, _, other_star, other = load_checkpoint(out_dir)
+    weights = other.state_dict()
+    n_names = min(star.num_nodes, other_star.num_nodes)
+    vocab_sizes = star.vocab_size, other_star.vocab_size
+    for name, own in model.state_dict().items():
+        if name in weights and (len(own), len(weights[name])) == vocab_sizes:
+            rows = own.clone()                                  # one for each token
+            rows[:n_names] = weights[name][:n_names]
+            rows[star.num_nodes:] = weights[name][other_star.num_nodes:]
+            weights[name] = rows
+    load_weights(model, weights, out_dir)
+
+
 @contextlib.contextmanager
 def locked(out_dir):
     """Makes the folder of a run and keeps other processes from training in it.
@@ -533,7 +553,7 @@ def make_parser():
     add("--d_state", type=positive_int, help="numbers of state per channel, of mamba")
     add("--A_init", type=positive_float, help="A starts at -A_init (1, ..., d_state), of mamba")
     add("--init_from", metavar="OUT_DIR",
-        help="start with the weights of another run, whose n_loop and graphs may differ")
+        help="start with the weights of another run, whose graphs and n_loop may differ")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--batch_size", type=positive_int, help="examples in a step")
@@ -708,8 +728,7 @@ def main():
                 torch.manual_seed(args.seed)
                 model = build_model(args, star)
                 if args.init_from is not None:
-                    init_ckpt, *_ = load_checkpoint(args.init_from)
-                    load_weights(model, init_ckpt["model"], args.init_from)
+                    init_weights(model, star, args.init_from)
                 stack.enter_context(locked(args.out_dir))
                 if not args.overwrite:
                     refuse_to_overwrite(args.out_dir)

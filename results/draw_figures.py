@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data import PathStar, draw, edges_of, find_arms, run_script  # noqa: E402
 from tables import CURES, MODELS, cure_runs, model_of, read_logs  # noqa: E402
-from train import STOP_AT  # noqa: E402
+from train import STOP_AT, TASK  # noqa: E402
 
 # These colours differ for the colour-blind, too, and can be read on white and on black. As in the
 # page, blue is right and orange wrong, and no line has these two.
@@ -125,20 +125,26 @@ def draw_graphs():
 
     On the default graph, those of ordinary stacks, too.
     """
-    kinds = {   # (model, whether it is looped): colour, shift to the right, marker
-        ("mamba", True): (GREEN, -0.15, "o"),
-        ("mamba", False): (GREEN, -0.05, "s"),
-        ("gpt", True): (PURPLE, 0.05, "o"),
-        ("gpt", False): (PURPLE, 0.15, "s"),
+    kinds = {   # colour, marker, shift to the right
+        "Mamba, looped": (GREEN, "o", -0.15),
+        "Mamba, each layer once": (GREEN, "s", -0.08),
+        "Mamba, looped, after G(2,5)": (OCHRE, "^", 0.0),
+        "Transformer, looped": (PURPLE, "o", 0.08),
+        "Transformer, each layer once": (PURPLE, "s", 0.15),
     }
-    figure, (length_ax, arms_ax) = plt.subplots(1, 2, figsize=(7.2, 2.9), layout="constrained")
+    figure, (length_ax, arms_ax) = plt.subplots(1, 2, figsize=(7.2, 3.0), layout="constrained")
     runs = [log for log in read_logs("loops") if log.config["n_loop"] == 1]
     runs += read_logs("default") + read_logs("graphs")
     for log in runs:
         config = log.config
-        if log.objective != "teacherless":
+        graph = config["deg"], config["path_len"]
+        more_names = graph == (2, 5) and config["num_nodes"] != TASK["num_nodes"]
+        if log.objective != "teacherless" or more_names:
             continue
-        color, shift, marker = kinds[config["model"], config["n_loop"] > 1]
+        kind = f"{log.model}, {'looped' if config['n_loop'] > 1 else 'each layer once'}"
+        if config.get("init_from"):
+            kind += ", after G(2,5)"
+        color, marker, shift = kinds[kind]
         line = log.solved_line
         examples = (line or log.end)["examples"]
         style = dict(marker=marker if line else "x", color=color, mfc="none", markersize=6)
@@ -154,11 +160,10 @@ def draw_graphs():
         ax.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(1))
         ax.margins(x=0.1)
         ax.set_yscale("log")
-        ax.set_ylim(1e4, 1e6)
-        ax.set_yticks([1e4, 1e5, 1e6], ["10k", "100k", "1,000k"])
+        ax.set_ylim(1e3, 1e6)
+        ax.set_yticks([1e3, 1e4, 1e5, 1e6], ["1k", "10k", "100k", "1,000k"])
     length_ax.set_ylabel("training examples until\nsolved (x: not solved)")
-    for (model, looped), (color, _, marker) in kinds.items():
-        label = f"{MODELS[model]}, {'looped' if looped else 'each layer once'}"
+    for label, (color, marker, _) in kinds.items():
         length_ax.plot([], [], marker, color=color, mfc="none", label=label)
     figure.legend(*length_ax.get_legend_handles_labels(), loc="outside upper center", ncol=2)
     save(figure, "graphs")
