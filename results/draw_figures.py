@@ -14,7 +14,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data import PathStar, draw, edges_of, find_arms, run_script  # noqa: E402
-from tables import CURES, MODELS, cure_runs, model_of, read_logs  # noqa: E402
+from tables import CURES, LOGS, MODELS, cure_runs, model_of, read_log, read_logs  # noqa: E402
 from train import STOP_AT, TASK  # noqa: E402
 
 # These colours differ for the colour-blind, too, and can be read on white and on black. As in the
@@ -120,15 +120,25 @@ def draw_nodes(name, objective, key, ylabel):
     save(figure, name)
 
 
+def examples_before(log):
+    """The examples of the runs before, with whose weights a run began."""
+    init_from = log.config.get("init_from")
+    if init_from is None:
+        return 0
+    before = read_log(LOGS / f"{Path(init_from).relative_to('out/reproduce')}.jsonl")
+    return before.end["examples"] + examples_before(before)
+
+
 def draw_graphs():
     """The examples that teacherless models need, over the path's length and the number of arms.
 
-    On the default graph, those of ordinary stacks, too.
+    On the default graph, those of ordinary stacks, too. Runs that began with the weights of others
+    count the examples of all of them.
     """
     kinds = {   # colour, marker, shift to the right
         "Mamba, looped": (GREEN, "o", -0.15),
         "Mamba, each layer once": (GREEN, "s", -0.08),
-        "Mamba, looped, after G(2,5)": (OCHRE, "^", 0.0),
+        "Mamba, looped, after a smaller graph": (OCHRE, "^", 0.0),
         "Transformer, looped": (PURPLE, "o", 0.08),
         "Transformer, each layer once": (PURPLE, "s", 0.15),
     }
@@ -143,10 +153,10 @@ def draw_graphs():
             continue
         kind = f"{log.model}, {'looped' if config['n_loop'] > 1 else 'each layer once'}"
         if config.get("init_from"):
-            kind += ", after G(2,5)"
+            kind += ", after a smaller graph"
         color, marker, shift = kinds[kind]
         line = log.solved_line
-        examples = (line or log.end)["examples"]
+        examples = (line or log.end)["examples"] + examples_before(log)
         style = dict(marker=marker if line else "x", color=color, mfc="none", markersize=6)
         if config["deg"] == 2:
             length_ax.plot(config["path_len"] + shift, examples, **style)
@@ -160,8 +170,8 @@ def draw_graphs():
         ax.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(1))
         ax.margins(x=0.1)
         ax.set_yscale("log")
-        ax.set_ylim(1e3, 1e6)
-        ax.set_yticks([1e3, 1e4, 1e5, 1e6], ["1k", "10k", "100k", "1,000k"])
+        ax.set_ylim(1e4, 1e6)
+        ax.set_yticks([1e4, 1e5, 1e6], ["10k", "100k", "1,000k"])
     length_ax.set_ylabel("training examples until\nsolved (x: not solved)")
     for label, (color, marker, _) in kinds.items():
         length_ax.plot([], [], marker, color=color, mfc="none", label=label)

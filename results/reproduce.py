@@ -10,7 +10,7 @@ The name of a run is that of its log in results/logs. A record has its command i
 new runs have theirs in a file, with lines NAME: python train.py ... Runs go to out/reproduce/NAME,
 and go on where they were interrupted. A run in cures/X/ is made in a copy of the code, in
 out/patched/X, with results/cures/X.patch if there is one. So is a run in exercises/X/. All figures
-but times are compared.
+but times are compared. A run with --init_from needs the run that this names to be made before.
 
 Another machine, number of threads or version of PyTorch rounds differently. A run that waits on a
 plateau then leaves it at another step.
