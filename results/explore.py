@@ -62,6 +62,7 @@ def run_for_page(log):
         "objective": log.objective,
         "command": command,
         **settings,
+        "from_scratch": not log.config.get("init_from"),
         "n_test": log.config["n_test"],
         "graphs": graphs,
         "evaluations": evaluations,
