@@ -463,8 +463,8 @@ def load_weights(model, weights, path):
 def init_weights(model, star, out_dir):
     """Gives a new model the weights of another run, for --init_from.
 
-    The other run may have had another n_loop and, with a model that has no weights for positions,
-    other graphs. Names that it did not have keep their own. Raises OSError and ValueError as
+    The other run may have had another n_loop and, but for gpt, whose positions have weights, graphs
+    of another size. Names that it did not have keep their own. Raises OSError and ValueError as
     `load_checkpoint`, and ValueError if the weights do not fit.
     """
     _, _, other_star, other = load_checkpoint(out_dir)

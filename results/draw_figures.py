@@ -140,6 +140,7 @@ def draw_graphs():
         "Mamba, each layer once": (GREEN, "s", -0.08),
         "Mamba, looped, after a smaller graph": (OCHRE, "^", 0.0),
         "Transformer, looped": (PURPLE, "o", 0.08),
+        "Transformer, each layer once": (PURPLE, "s", 0.15),
     }
     figure, (length_ax, arms_ax) = plt.subplots(1, 2, figsize=(7.2, 3.0), layout="constrained")
     runs = [log for log in read_logs("loops") if log.config["n_loop"] == 1]
