@@ -460,7 +460,7 @@ def load_weights(model, weights, path):
         raise ValueError(f"{path} does not fit the model: {reason}") from None
 
 
-def init_weights(model, star, out_dir):
+def start_from(model, star, out_dir):
     """Gives a new model the weights of another run, for --init_from.
 
     The other run may have had another n_loop and, but for gpt, whose positions have weights, graphs
@@ -728,7 +728,7 @@ def main():
                 torch.manual_seed(args.seed)
                 model = build_model(args, star)
                 if args.init_from is not None:
-                    init_weights(model, star, args.init_from)
+                    start_from(model, star, args.init_from)
                 stack.enter_context(locked(args.out_dir))
                 if not args.overwrite:
                     refuse_to_overwrite(args.out_dir)
