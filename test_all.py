@@ -1563,28 +1563,44 @@ def test_nothing_is_overwritten(monkeypatch, tmp_path, capsys):
     assert len(list((tmp_path / "out").iterdir())) == 5
 
 
-@pytest.mark.parametrize("num_nodes", [11, 10, 9])
-def test_init_from_starts_with_the_weights_of_another_run(num_nodes, trained, tmp_path, capsys):
-    """Its names keep their embeddings, and so do the four other tokens."""
-    given = ("--model", "mamba", "--teacherless")
+@pytest.mark.parametrize("deg, path_len, num_nodes", [(5, 3, 11), (3, 4, 10), (3, 3, 9)])
+@pytest.mark.parametrize("model", ["mamba", "gpt"])
+def test_init_from_starts_with_the_weights_of_another_run(
+    model, deg, path_len, num_nodes, trained, tmp_path, capsys
+):
+    """Names, the four other tokens, and positions counted from the prefix's end keep theirs."""
+    given = ("--model", model, "--teacherless")
     weights = read_ckpt(trained(*given))["model"]
-    flags = (*TINY, *given, "--path_len", 3, "--deg", 4, "--n_loop", 2, "--num_nodes", num_nodes)
+    size = ("--deg", deg, "--path_len", path_len, "--num_nodes", num_nodes, "--n_loop", 2)
+    flags = (*TINY, *given, *size)
     new = (*flags, "--init_from", trained(*given), "--out_dir")
     call_and_kill("step", 1, *new, tmp_path / "new")            # before it has changed them
     started = read_ckpt(tmp_path / "new")["model"]
     n_names = min(10, num_nodes)
     for name in weights:
-        if name in ("backbone.embedding.weight", "lm_head.weight"):
-            assert torch.equal(started[name][:n_names], weights[name][:n_names])
-            assert torch.equal(started[name][-4:], weights[name][-4:])
-            assert len(started[name]) == num_nodes + 4 and started[name].std() > 0.1
+        old, own = weights[name], started[name]
+        if "embedding" in name or "wte" in name or "lm_head" in name:
+            assert torch.equal(own[:n_names], old[:n_names])
+            assert torch.equal(own[-4:], old[-4:])
+            assert len(own) == num_nodes + 4 and own.std() > 0.1
+        elif "wpe" in name:
+            before_answer = PathStar(deg, path_len, num_nodes).prefix_len
+            for i in range(len(own)):
+                place = i - before_answer + PathStar(2, 5, 10).prefix_len
+                assert torch.equal(own[i], old[place]) == (0 <= place < len(old))
+            assert own.std() > 0.1
         else:
-            assert torch.equal(started[name], weights[name])
+            assert torch.equal(own, old)
     assert call(train, "--resume", tmp_path / "new") == 0       # from its own weights now
     assert call(train, *new, tmp_path / "whole") == 0
     assert_same_run(tmp_path / "new", tmp_path / "whole")
-    for folder, says in ((trained(), "does not fit the model"), (tmp_path, "No such file")):
-        bad = (*flags, "--init_from", folder, "--out_dir", tmp_path / "bad")
+    other = trained("--model", "gpt" if model == "mamba" else "mamba")
+    same = trained(*given)
+    no_fit = "does not fit the model"
+    for folder, more, says in (
+        (other, (), no_fit), (same, ("--n_embd", 32), no_fit), (tmp_path, (), "No such file")
+    ):
+        bad = (*flags, *more, "--init_from", folder, "--out_dir", tmp_path / "bad")
         assert says in refusal(capsys, train, *bad)
     assert not (tmp_path / "bad").exists()
 

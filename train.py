@@ -463,19 +463,28 @@ def load_weights(model, weights, path):
 def start_from(model, star, out_dir):
     """Gives a new model the weights of another run, for --init_from.
 
-    The other run may have had another n_loop and, but for gpt, whose positions have weights, graphs
-    of another size. Names that it did not have keep their own. Raises OSError and ValueError as
-    `load_checkpoint`, and ValueError if the weights do not fit.
+    The other run may have had another n_loop, and graphs of another size. Names that it did not
+    have keep their own. So do positions of gpt that it did not have, counted from the end of the
+    prefix. Raises OSError and ValueError as `load_checkpoint`, and ValueError if the weights do not
+    fit.
     """
     _, _, other_star, other = load_checkpoint(out_dir)
     weights = other.state_dict()
     n_names = min(star.num_nodes, other_star.num_nodes)
-    vocab_sizes = star.vocab_size, other_star.vocab_size
+    longer = star.prefix_len - other_star.prefix_len
     for name, own in model.state_dict().items():
-        if name in weights and (len(own), len(weights[name])) == vocab_sizes:
-            rows = own.clone()                                  # one for each token
-            rows[:n_names] = weights[name][:n_names]
-            rows[star.num_nodes:] = weights[name][other_star.num_nodes:]
+        given = weights.get(name)
+        if given is None or given.shape[1:] != own.shape[1:]:
+            continue                                            # load_weights refuses it
+        rows = own.clone()
+        if len(own) == star.vocab_size and len(given) == other_star.vocab_size:
+            rows[:n_names] = given[:n_names]
+            rows[star.num_nodes:] = given[other_star.num_nodes:]
+            weights[name] = rows
+        elif name == "transformer.wpe.weight":
+            positions = torch.arange(len(own)) - longer         # in the other run
+            known = (positions >= 0) & (positions < len(given))
+            rows[known] = given[positions[known]]
             weights[name] = rows
     load_weights(model, weights, out_dir)
 

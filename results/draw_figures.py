@@ -14,7 +14,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data import PathStar, draw, edges_of, find_arms, run_script  # noqa: E402
-from tables import CURES, LOGS, MODELS, cure_runs, model_of, read_log, read_logs  # noqa: E402
+from tables import CURES, MODELS, cure_runs, model_of, read_logs  # noqa: E402
 from train import STOP_AT, TASK  # noqa: E402
 
 # These colours differ for the colour-blind, too, and can be read on white and on black. As in the
@@ -122,11 +122,7 @@ def draw_nodes(name, objective, key, ylabel):
 
 def examples_before(log):
     """The examples of the runs before, with whose weights a run began."""
-    init_from = log.config.get("init_from")
-    if init_from is None:
-        return 0
-    before = read_log(LOGS / f"{Path(init_from).relative_to('out/reproduce')}.jsonl")
-    return before.end["examples"] + examples_before(before)
+    return log.before.end["examples"] + examples_before(log.before) if log.before else 0
 
 
 def draw_graphs():
@@ -152,7 +148,7 @@ def draw_graphs():
         if log.objective != "teacherless" or more_names:
             continue
         kind = f"{log.model}, {'looped' if config['n_loop'] > 1 else 'each layer once'}"
-        if config.get("init_from"):
+        if log.before:
             kind += ", after a smaller graph"
         color, marker, shift = kinds[kind]
         line = log.solved_line

@@ -87,6 +87,14 @@ class Log:
         return "G({deg},{path_len}), {num_nodes} names".format(**self.config)
 
     @property
+    def before(self):
+        """The log of the run whose weights this one began with, or None."""
+        init_from = self.config.get("init_from")
+        if init_from is None:
+            return None
+        return read_log(LOGS / f"{Path(init_from).relative_to('out/reproduce')}.jsonl")
+
+    @property
     def solved_line(self):
         """The first evaluation with 99 % of the paths right, or None."""
         for line in self.lines:
@@ -247,12 +255,38 @@ def graphs_table(logs):
     columns = [
         "graph", "command", "solved", "paths right", "hops 1, 2, ... at the end", "steps"
     ]
+    from_scratch = [log for log in read_logs("graphs", logs) if log.before is None]
     rows = []
-    for runs in groups(read_logs("graphs", logs), lambda log: (log.graph, log.command)).values():
+    for runs in groups(from_scratch, lambda log: (log.graph, log.command)).values():
         command = f"`{runs[0].command}`"
         rows.append(
             [runs[0].graph, command, solved(runs), paths_right(runs), hops(runs), steps(runs)]
         )
+    return markdown(columns, rows)
+
+
+def stages_table(logs):
+    """Runs that began with the weights of a run on another graph."""
+    def kind(log):
+        config, other = log.config, log.before.config
+        return (
+            config["model"], config["reverse"], config["d_state"] or 0,
+            config["deg"], config["path_len"], other["deg"], other["path_len"],
+        )
+
+    columns = [
+        "model", "d_state", "objective", "graph", "begins with", "solved", "paths right",
+        "hops 1, 2, ... at the end", "steps",
+    ]
+    later = [log for log in read_logs("graphs", logs) if log.before is not None]
+    rows = []
+    for runs in groups(later, kind).values():
+        first = runs[0]
+        rows.append([
+            first.model, first.config["d_state"] or "-", first.objective, first.graph,
+            first.before.graph.split(", ")[0], solved(runs), paths_right(runs), hops(runs),
+            steps(runs),
+        ])
     return markdown(columns, rows)
 
 
@@ -342,8 +376,8 @@ def runs_table(logs):
 
 TABLES = {
     "default": default_table, "goal": goal_table, "long": long_table, "loops": loops_table,
-    "graphs": graphs_table, "cures": cures_table, "cure_details": cure_details_table,
-    "runs": runs_table,
+    "graphs": graphs_table, "stages": stages_table, "cures": cures_table,
+    "cure_details": cure_details_table, "runs": runs_table,
 }
 
 

@@ -102,8 +102,9 @@ def test_the_pages_are_those_of_the_logs(capsys):
     assert call(tables, "--check") == 0, capsys.readouterr().out
 
 
-def test_tables_count_right(tmp_path):
+def test_tables_count_right(tmp_path, monkeypatch):
     """Of one solved run and one that was not."""
+    monkeypatch.setattr(tables, "LOGS", tmp_path)
     write_log(tmp_path / "default" / "a.jsonl", 0, [0, 0.25, 0.5])
     write_log(tmp_path / "default" / "b.jsonl", 5, [0, 0.989, 0.99, 1], commit="abc")
     ends = ["1 of 2", "75.0 % (50.0 - 100.0)"]
@@ -121,6 +122,15 @@ def test_tables_count_right(tmp_path):
     assert cells(tables.loops_table(tmp_path)) == [row]
     row = ["G(2,5), 10 names", "`python train.py`", *ends, "75, 25, 50 %", "250 (200 - 300)"]
     assert cells(tables.graphs_table(tmp_path)) == [row]
+    assert cells(tables.stages_table(tmp_path)) == []
+    for seed in (0, 1):
+        before = dict(deg=3, num_nodes=13, init_from=f"out/reproduce/graphs/{seed}")
+        write_log(tmp_path / "graphs" / f"{seed + 2}.jsonl", seed, [0, seed], **before)
+    assert cells(tables.graphs_table(tmp_path)) == [row]
+    assert cells(tables.stages_table(tmp_path)) == [[
+        "Transformer", "-", "teacher-forced", "G(3,5), 13 names", "G(2,5)", "1 of 2",
+        "50.0 % (0.0 - 100.0)", "50, 25, 50 %", "100",
+    ]]
     assert ["look ahead", "1 of 2, 26k"] in cells(tables.cures_table(tmp_path))
     assert cells(tables.cure_details_table(tmp_path)) == [
         ["G(2,5), 10 names", "looped Transformer", objective, *ends, ends[1], "26k", "96k"]
@@ -130,7 +140,7 @@ def test_tables_count_right(tmp_path):
     row = ["`python train.py`", "50.0 %", "50.0 %", "100"]
     assert cells(tables.long_table(tmp_path)) == [row]
     runs = cells(tables.runs_table(tmp_path))
-    assert len(runs) == 9
+    assert len(runs) == 11
     machine = "m, Python 3, torch 2"
     link = "[default/b.jsonl](logs/default/b.jsonl)"
     assert [link, "5", "100.0 %", "300", "3.0", "abc", machine] in runs
