@@ -132,24 +132,31 @@ def draw_graphs():
     count the examples of all of them.
     """
     kinds = {   # colour, marker, shift to the right
-        "Mamba, looped": (GREEN, "o", -0.15),
+        "Mamba": (GREEN, "o", -0.15),
         "Mamba, each layer once": (GREEN, "s", -0.08),
-        "Mamba, looped, after a smaller graph": (OCHRE, "^", 0.0),
-        "Transformer, looped": (PURPLE, "o", 0.08),
+        "Mamba, step by step": (OCHRE, "^", 0.0),
+        "Mamba, step by step, goal first": (OCHRE, "v", 0.0),
+        "Transformer": (PURPLE, "o", 0.08),
         "Transformer, each layer once": (PURPLE, "s", 0.15),
+        "Transformer, step by step": (BLUE, "^", 0.0),
+        "Transformer, step by step, goal first": (BLUE, "v", 0.0),
     }
-    figure, (length_ax, arms_ax) = plt.subplots(1, 2, figsize=(7.2, 3.0), layout="constrained")
+    figure, (length_ax, arms_ax) = plt.subplots(1, 2, figsize=(7.2, 3.4), layout="constrained")
     runs = [log for log in read_logs("loops") if log.config["n_loop"] == 1]
     runs += read_logs("default") + read_logs("graphs")
     for log in runs:
         config = log.config
         graph = config["deg"], config["path_len"]
         more_names = graph == (2, 5) and config["num_nodes"] != TASK["num_nodes"]
-        if log.objective != "teacherless" or more_names:
+        if not config["teacherless"] or more_names:
             continue
-        kind = f"{log.model}, {'looped' if config['n_loop'] > 1 else 'each layer once'}"
-        if log.before:
-            kind += ", after a smaller graph"
+        kind = log.model
+        if config["n_loop"] == 1:
+            kind += ", each layer once"
+        if log.before or config["reverse"]:
+            kind += ", step by step"
+        if config["reverse"]:
+            kind += ", goal first"
         color, marker, shift = kinds[kind]
         line = log.solved_line
         examples = (line or log.end)["examples"] + examples_before(log)

@@ -151,9 +151,9 @@ def page(logs, folder, live_models=()):
 
 
 def recorded_logs():
-    """-> {name: Log} of default runs and of other graphs, seeds 0 and 1, and of cures, seed 0"""
+    """-> {name: Log} of default runs, seeds 0 and 1, other graphs, 0 and 2, and cures, 0"""
     logs = {}
-    for pattern in ("default/*-seed[01]", "graphs/*-seed[01]", "cures/*/*-seed0"):
+    for pattern in ("default/*-seed[01]", "graphs/*-seed[02]", "cures/*/*-seed0"):
         for file in sorted(LOGS.glob(pattern + ".jsonl")):
             log = read_log(file)
             if "n_loop" in log.config:                          # else it is too old for the page
