@@ -134,6 +134,7 @@ def draw_graphs():
     kinds = {   # colour, marker, shift to the right
         "Mamba": (GREEN, "o", -0.15),
         "Mamba, each layer once": (GREEN, "s", -0.08),
+        "Mamba, goal first": (GREEN, "v", -0.15),
         "Mamba, step by step": (OCHRE, "^", 0.0),
         "Mamba, step by step, goal first": (OCHRE, "v", 0.0),
         "Transformer": (PURPLE, "o", 0.08),
@@ -141,7 +142,7 @@ def draw_graphs():
         "Transformer, step by step": (BLUE, "^", 0.0),
         "Transformer, step by step, goal first": (BLUE, "v", 0.0),
     }
-    figure, (length_ax, arms_ax) = plt.subplots(1, 2, figsize=(7.2, 3.4), layout="constrained")
+    figure, (length_ax, arms_ax) = plt.subplots(1, 2, figsize=(7.2, 3.6), layout="constrained")
     runs = [log for log in read_logs("loops") if log.config["n_loop"] == 1]
     runs += read_logs("default") + read_logs("graphs")
     for log in runs:
@@ -153,7 +154,7 @@ def draw_graphs():
         kind = log.model
         if config["n_loop"] == 1:
             kind += ", each layer once"
-        if log.before or config["reverse"]:
+        if log.before:
             kind += ", step by step"
         if config["reverse"]:
             kind += ", goal first"
@@ -247,7 +248,7 @@ def draw_task():
     prefix, path = prefixes[0].tolist(), paths[0].tolist()
     other_arm = [arm for arm in find_arms(edges_of(prefix), path[0]) if arm != path][0]
 
-    figure, ax = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
+    figure, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
     ax.set(xlim=(-1, 39), ylim=(-7.6, 3.4))
     ax.axis("off")
     draw_arm(ax, path, 1.2, BLUE)
