@@ -477,14 +477,14 @@ def start_from(model, star, out_dir):
         if given is None or given.shape[1:] != own.shape[1:]:
             continue                                            # load_weights refuses it
         rows = own.clone()
-        if len(own) == star.vocab_size and len(given) == other_star.vocab_size:
-            rows[:n_names] = given[:n_names]
-            rows[star.num_nodes:] = given[other_star.num_nodes:]
-            weights[name] = rows
-        elif name == "transformer.wpe.weight":
+        if name == "transformer.wpe.weight":
             positions = torch.arange(len(own)) - longer         # in the other run
             known = (positions >= 0) & (positions < len(given))
             rows[known] = given[positions[known]]
+            weights[name] = rows
+        elif (len(own), len(given)) == (star.vocab_size, other_star.vocab_size):
+            rows[:n_names] = given[:n_names]
+            rows[star.num_nodes:] = given[other_star.num_nodes:]
             weights[name] = rows
     load_weights(model, weights, out_dir)
 
