@@ -3,7 +3,6 @@
     python results/draw_figures.py
 """
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data import PathStar, draw, edges_of, find_arms, run_script  # noqa: E402
-from tables import CURES, MODELS, cure_runs, model_of, read_logs  # noqa: E402
+from tables import CURES, MODELS, cure_runs, read_logs  # noqa: E402
 from train import STOP_AT, TASK  # noqa: E402
 
 # These colours differ for the colour-blind, too, and can be read on white and on black. As in the
@@ -135,12 +134,13 @@ def draw_graphs():
         "Mamba": (GREEN, "o", -0.15),
         "Mamba, each layer once": (GREEN, "s", -0.08),
         "Mamba, goal first": (GREEN, "v", -0.15),
-        "Mamba, step by step": (OCHRE, "^", 0.0),
-        "Mamba, step by step, goal first": (OCHRE, "v", 0.0),
+        "Mamba, from a smaller graph": (OCHRE, "^", 0.0),
+        "Mamba, from a smaller graph, goal first": (OCHRE, "v", 0.0),
         "Transformer": (PURPLE, "o", 0.08),
         "Transformer, each layer once": (PURPLE, "s", 0.15),
-        "Transformer, step by step": (BLUE, "^", 0.0),
-        "Transformer, step by step, goal first": (BLUE, "v", 0.0),
+        "Transformer, goal first": (PURPLE, "v", 0.08),
+        "Transformer, from a smaller graph": (BLUE, "^", 0.0),
+        "Transformer, from a smaller graph, goal first": (BLUE, "v", 0.0),
     }
     figure, (length_ax, arms_ax) = plt.subplots(1, 2, figsize=(7.2, 3.6), layout="constrained")
     runs = [log for log in read_logs("loops") if log.config["n_loop"] == 1]
@@ -155,7 +155,7 @@ def draw_graphs():
         if config["n_loop"] == 1:
             kind += ", each layer once"
         if log.before:
-            kind += ", step by step"
+            kind += ", from a smaller graph"
         if config["reverse"]:
             kind += ", goal first"
         color, marker, shift = kinds[kind]
@@ -188,26 +188,23 @@ def draw_cures():
     found = cure_runs()
     panels = sorted({key for kinds in found.values() for key in kinds})
     figure, axes = plt.subplots(
-        math.ceil(len(panels) / 2), 2, figsize=(7.2, 1.2 * len(panels)), sharey=True,
-        layout="constrained"
+        1, len(panels), figsize=(7.2, 2.6), sharey=True, layout="constrained"
     )
-    for ax in axes.flat[len(panels):]:
-        ax.axis("off")
-    for key, ax in zip(panels, axes.flat):
+    for key, ax in zip(panels, axes):
         for row, objective in enumerate(CURES):
             for log in found[objective].get(key, []):
                 line = log.solved_line
                 color, marker = (BLUE, "o") if line else (ORANGE, "x")
                 examples = (line or log.end)["examples"] / 1000
                 ax.plot(examples, row, marker, color=color, mfc="none", markersize=6)
-        graph, *kind = key
-        ax.set_title(f"{model_of(*kind)}, {graph}")
+        graph, model = key
+        ax.set_title(f"{MODELS[model]}, {graph}")
         ax.set_xlim(0, 1.08 * ax.dataLim.x1)
         ax.grid(axis="y", color=GREY, alpha=0.3)
         ax.set_xlabel("thousand examples until solved (x: not solved)")
     names = [objective.replace("_", " ") for objective in CURES]
-    axes[0, 0].set_yticks(range(len(names)), names)
-    axes[0, 0].invert_yaxis()
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
     save(figure, "cures")
 
 

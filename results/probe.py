@@ -1,4 +1,4 @@
-"""Looks into teacherless models: two tables, as Markdown.
+"""Looks into teacherless models: three tables, as Markdown.
 
     python results/reproduce.py default/mamba-teacherless-seed0
     python results/probe.py out/reproduce/default/mamba-teacherless-seed0
@@ -7,9 +7,12 @@
    stream after so many applications of a layer; a column to a position of the input. A
    least-squares map from the stream at this position to the node is fitted on 4,000 random graphs.
    The cell is the share of 2,000 other graphs in which the map finds the node. The position "at
-   start" is the one that has to predict the start, the last token of the prefix. The position "at
-   hop 1" is the first $, and so on. Training asks for a node at its own position only.
-2. How many paths are right if the layers run more or less often than in training, on paths of other
+   start" is the one that has to predict the start. Training asks for a node at its own position
+   only.
+2. Which position needs the answer of which? A row belongs to a position. There, after each run of
+   the layers, the residual stream is exchanged for that of another graph. The cell is the share of
+   1,000 random graphs in which a node is still right.
+3. How many paths are right if the layers run more or less often than in training, on paths of other
    lengths? On 1,000 random graphs, with as many arms and names as in training. A Transformer has no
    positions for a longer path.
 """
@@ -24,12 +27,22 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data import PathStar, draw, run_script  # noqa: E402
-from tables import markdown  # noqa: E402
+from tables import Log, markdown  # noqa: E402
 from train import (  # noqa: E402
-    inputs_and_targets, load_checkpoint, predict, prefixes_and_solutions, summary
+    as_written, inputs_and_targets, load_checkpoint, predict, prefixes_and_solutions, summary
 )
 
 N_FIT, N_TEST = 4000, 2000
+
+
+def layers_of(model):
+    return model.transformer.h if hasattr(model, "transformer") else model.backbone.layers
+
+
+def names_of_places(args, star):
+    """The nodes of a path, in the order in which they are written."""
+    names = ["start", *[f"hop {i}" for i in range(1, star.path_len - 1)], "goal"]
+    return names[::-1] if args.reverse else names
 
 
 @torch.no_grad()
@@ -41,8 +54,7 @@ def residual_streams(model, idx):
         x, _ = output  # the other one is a cache or a state
         streams.append(x)
 
-    layers = model.transformer.h if hasattr(model, "transformer") else model.backbone.layers
-    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    hooks = [layer.register_forward_hook(keep) for layer in layers_of(model)]
     model(idx)
     for hook in hooks:
         hook.remove()
@@ -60,24 +72,46 @@ def probe(x, nodes, vocab_size):
 
 def probes(args, star, model):
     """-> the first table of a run"""
-    hops = [f"hop {i}" for i in range(1, star.path_len - 1)]
+    names = names_of_places(args, star)[:-1]
     graphs = draw(star, N_FIT + N_TEST, np.random.default_rng(99))
     prefixes, solutions = prefixes_and_solutions(args, *graphs)
     inputs, _ = inputs_and_targets(args, star, prefixes, solutions)
     rows = []
     for applied, x in enumerate(residual_streams(model, inputs), start=1):
         x = x[:, prefixes.size(1) - 1:]                         # (n, path_len, width)
-        for node, name in enumerate(hops, start=1):
-            row = [applied, name]
-            for position in range(star.path_len - 1):
+        for node in range(1, len(names)):
+            row = [applied, names[node]]
+            for position in range(len(names)):
                 share = probe(x[:, position], solutions[:, node], star.vocab_size)
                 row.append(f"{share:.0%}")
             rows.append(row)
-    return markdown(["applied", "node", *[f"at {name}" for name in ["start", *hops]]], rows)
+    return markdown(["applied", "node", *[f"at {name}" for name in names]], rows)
+
+
+def exchanges(args, star, model):
+    """-> the second table of a run"""
+    names = names_of_places(args, star)
+    graphs = draw(star, 1000, np.random.default_rng(97))
+    prefixes, solutions = prefixes_and_solutions(args, *graphs)
+    rows = []
+    for place, name in enumerate(names[:-1]):
+        position = prefixes.size(1) - 1 + place
+
+        def exchange(layer, inputs, output):
+            x, state = output
+            x[:, position] = x[:, position].roll(1, dims=0)     # that of the graph before
+            return x, state
+
+        hook = layers_of(model)[-1].register_forward_hook(exchange)
+        answers, _, _ = predict(args, star, model, prefixes, solutions)
+        hook.remove()
+        right = as_written(args, answers) == solutions
+        rows.append([name, *[f"{share:.0%}" for share in right.double().mean(dim=0)]])
+    return markdown(["exchanged at", *names], rows)
 
 
 def longer_paths(args, star, model):
-    """-> the second table of a run"""
+    """-> the third table of a run"""
     loops = range(1, 2 * args.n_loop + 1)
     rows = []
     for path_len in range(3, 2 * star.path_len):
@@ -103,14 +137,15 @@ def main():
     for folder in parser.parse_args().folders:
         try:
             ckpt, args, star, model = load_checkpoint(folder)
-            if not args.teacherless or args.reverse:
-                raise ValueError(f"{folder} is not teacherless, from start to goal")
+            if not args.teacherless:
+                raise ValueError(f"{folder} is not teacherless")
         except (OSError, ValueError) as error:
             sys.exit(f"probe.py: {error}")
-        end = ckpt["lines"][-1]
-        accuracy = f"{end['accuracy']:.1%}"
-        print(f"{args.model}, seed {args.seed}, step {end['iter']}, accuracy {accuracy}\n")
+        log = Log(Path(folder), ckpt["header"], ckpt["lines"])
+        end = f"step {log.end['iter']:,}, accuracy {log.end['accuracy']:.1%}"
+        print(f"`{log.command}`, seed {args.seed}, {end}\n")
         print(probes(args, star, model), flush=True)
+        print(exchanges(args, star, model), flush=True)
         print(longer_paths(args, star, model), flush=True)
 
 

@@ -150,8 +150,6 @@ def compare(log, record):
     if not record.exists():
         return "there is no record"
     old = read_log(record)
-    if old.is_old:
-        return f"the record, of an older version with other random graphs, has {end_of(old)}"
     if log.header["data"] != old.header["data"]:
         return f"the record, on other graphs, has {end_of(old)}"
     if figures(log) == figures(old):
@@ -176,8 +174,7 @@ def print_list(runs):
         command = shlex.join(["python", "train.py", *log.flags])
         patch = patch_of(name)
         patched = f", with {patch.name}" if patch else ""
-        age = ", of an older version" if log.is_old else ""
-        print(f"{name:44} {log.end['elapsed_s'] / 60:5.1f} min  {command}{patched}{age}")
+        print(f"{name:44} {log.end['elapsed_s'] / 60:5.1f} min  {command}{patched}")
 
 
 def main():

@@ -47,11 +47,6 @@ class Log:
         return self.lines[-1]
 
     @property
-    def is_old(self):
-        """Whether the code was that of commit 0632a5d, or older. It drew other graphs."""
-        return "commit" not in self.header
-
-    @property
     def flags(self):
         """The flags of train.py, without those that say where the run is, a list."""
         words = shlex.split(self.header["command"])[2:]         # behind `python train.py`
@@ -108,12 +103,6 @@ def read_log(file):
     try:
         header, *lines = [json.loads(line) for line in file.read_text().splitlines()]
         log = Log(file, header, lines)
-        if log.is_old and log.config["reverse"]:                # listed from goal to start then
-            for line in lines:
-                line["cheat_accuracy"] = None
-                for key in ("node_accuracy", "forced_node_accuracy"):
-                    if line[key] is not None:
-                        line[key] = line[key][::-1]
         log.end["accuracy"], log.config["seed"], log.header["command"]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{file} is not a log of train.py ({error!r})") from None
@@ -203,15 +192,11 @@ def default_table(logs):
 
 
 def goal_table(logs):
-    """Of the default runs that end with this test. Old ones do not."""
     rows = []
     for runs in default_runs(logs):
-        ends = [run.end.get("goal_moved") or {} for run in runs]
-        ends = [end for end in ends if "turns" in end]
-        if ends:
-            turns = percent([end["turns"] for end in ends])
-            stays = percent([end["stays"] for end in ends])
-            rows.append([runs[0].model, runs[0].objective, len(ends), turns, stays])
+        turns = percent([run.end["goal_moved"]["turns"] for run in runs])
+        stays = percent([run.end["goal_moved"]["stays"] for run in runs])
+        rows.append([runs[0].model, runs[0].objective, len(runs), turns, stays])
     columns = ["model", "objective", "runs", "first hop turns to the goal", "stays as it was"]
     return markdown(columns, rows)
 
@@ -233,7 +218,7 @@ def loop_runs(logs=LOGS):
 
     runs = read_logs("loops", logs)
     runs += [log for log in read_logs("default", logs) if log.objective == "teacherless"]
-    return groups([log for log in runs if not log.is_old], key)
+    return groups(runs, key)
 
 
 def loops_table(logs):
@@ -252,12 +237,14 @@ def loops_table(logs):
 
 
 def graphs_table(logs):
-    columns = [
-        "graph", "command", "solved", "paths right", "hops 1, 2, ... at the end", "steps"
-    ]
+    def kind(log):
+        config = log.config
+        return config["deg"], config["path_len"], config["num_nodes"], log.command
+
+    columns = ["graph", "command", "solved", "paths right", "hops 1, 2, ... at the end", "steps"]
     from_scratch = [log for log in read_logs("graphs", logs) if log.before is None]
     rows = []
-    for runs in groups(from_scratch, lambda log: (log.graph, log.command)).values():
+    for runs in groups(from_scratch, kind).values():
         command = f"`{runs[0].command}`"
         rows.append(
             [runs[0].graph, command, solved(runs), paths_right(runs), hops(runs), steps(runs)]
@@ -291,29 +278,28 @@ def stages_table(logs):
 
 
 def cure_runs(logs=LOGS):
-    """-> {objective: {(graph, whether the model is looped, model): runs}}
+    """-> {objective: {(graph, model): runs}}
 
-    The two objectives without a patch have the default runs, too. A key without a run of a patch
-    is left out.
+    Runs of the other folders without a patch are among them, too. A key without a run of a patch is
+    left out.
     """
     def key(log):
-        return log.graph, log.config.get("n_loop", 1) > 1, log.config["model"]
+        return log.graph, log.config["model"]
 
     found = {}
     for objective in CURES:
         runs = read_logs(f"cures/{objective}", logs)
-        name = {"next_token": "teacher-forced"}.get(objective, objective)
-        runs += [log for log in read_logs("default", logs) if log.objective == name]
+        if objective == "next_token":
+            runs += read_logs("long", logs)
+        if objective == "teacherless":
+            runs += read_logs("default", logs) + read_logs("graphs", logs)
+            runs = [log for log in runs if log.objective == objective and log.before is None]
         found[objective] = groups(runs, key)
     compared = {key for patch in PATCHES for key in found[patch]}
     return {
         objective: {key: runs for key, runs in kinds.items() if key in compared}
         for objective, kinds in found.items()
     }
-
-
-def model_of(looped, model):
-    return f"looped {MODELS[model]}" if looped else MODELS[model]
 
 
 def examples_until_solved(runs):
@@ -327,7 +313,7 @@ def cures_table(logs):
     cells = cure_runs(logs)
     keys = sorted({key for found in cells.values() for key in found})
     columns = ["objective"]
-    columns += [f"{model_of(*kind)}, {graph.split(', ')[0]}" for graph, *kind in keys]
+    columns += [f"{MODELS[model]}, {graph.split(', ')[0]}" for graph, model in keys]
     rows = []
     for objective, found in cells.items():
         row = [objective.replace("_", " ")]
@@ -347,13 +333,12 @@ def cure_details_table(logs):
     rows = {}
     for objective, found in cure_runs(logs).items():
         for key, runs in found.items():
-            graph, *kind = key
-            config = runs[0].config
+            at_most = [log.config["max_iters"] * log.config["batch_size"] / 1000 for log in runs]
             rows.setdefault(key, []).append([
-                graph, model_of(*kind), objective.replace("_", " "), solved(runs),
+                key[0], runs[0].model, objective.replace("_", " "), solved(runs),
                 paths_right(runs), percent([run.end["node_accuracy"][1] for run in runs]),
                 examples_until_solved(runs) or "-",
-                f"{config['max_iters'] * config['batch_size'] / 1000:.0f}k",
+                spread(at_most, "{:.0f}", "k"),
             ])
     return markdown(columns, [row for key in sorted(rows) for row in rows[key]])
 
@@ -364,11 +349,10 @@ def runs_table(logs):
     rows = []
     for log in read_logs("", logs):
         name = log.file.relative_to(logs).as_posix()
-        commit = "0632a5d or before" if log.is_old else log.header["commit"]
         machine = "{machine}, Python {versions[python]}, torch {versions[torch]}"
         rows.append([
             f"[{name}](logs/{name})", log.config["seed"], f"{100 * log.end['accuracy']:.1f} %",
-            f"{log.end['iter']:,}", f"{log.end['elapsed_s'] / 60:.1f}", commit,
+            f"{log.end['iter']:,}", f"{log.end['elapsed_s'] / 60:.1f}", log.header["commit"],
             machine.format(**log.header),
         ])
     return markdown(columns, rows)

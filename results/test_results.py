@@ -74,10 +74,9 @@ def apply(patch, folder):
 
 
 def write_log(file, seed, accuracies, **config):
-    """A log with an evaluation each 100 steps, of a new run if `commit` is in config."""
+    """A log with an evaluation each 100 steps."""
     header = {"command": f"python train.py --seed {seed} --out_dir out/x", "machine": "m"}
-    if "commit" in config:
-        header["commit"] = config.pop("commit")
+    header["commit"] = "abc"
     header["versions"] = {"python": "3", "torch": "2"}
     header["config"] = vars(settings("--seed", seed)) | config
     lines = []
@@ -86,9 +85,8 @@ def write_log(file, seed, accuracies, **config):
             "iter": 100 * i, "examples": 12_800 * i, "elapsed_s": 60 * i, "accuracy": accuracy,
             "node_accuracy": [1, accuracy, 0.25, 0.5, 1],
             "forced_node_accuracy": [1, accuracy, 1, 1, 1], "cheat_accuracy": 0.75,
+            "goal_moved": {"turns": accuracy, "stays": 0.125},
         })
-        if "commit" in header:
-            lines[-1]["goal_moved"] = {"turns": accuracy, "stays": 0.125}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(map(json.dumps, [header, *lines])))
 
@@ -106,18 +104,18 @@ def test_tables_count_right(tmp_path, monkeypatch):
     """Of one solved run and one that was not."""
     monkeypatch.setattr(tables, "LOGS", tmp_path)
     write_log(tmp_path / "default" / "a.jsonl", 0, [0, 0.25, 0.5])
-    write_log(tmp_path / "default" / "b.jsonl", 5, [0, 0.989, 0.99, 1], commit="abc")
+    write_log(tmp_path / "default" / "b.jsonl", 5, [0, 0.989, 0.99, 1])
     ends = ["1 of 2", "75.0 % (50.0 - 100.0)"]
     assert cells(tables.default_table(tmp_path)) == [
         ["`python train.py`", "0 of 1", "1 of 1", ends[1], ends[1], "75.0 %", "250 (200 - 300)"]
     ]
     assert cells(tables.goal_table(tmp_path)) == [
-        ["Transformer", "teacher-forced", "1", "100.0 %", "12.5 %"]
+        ["Transformer", "teacher-forced", "2", ends[1], "12.5 %"]
     ]
     for seed, accuracies in ((0, [0, 0.25, 0.5]), (1, [0, 0.989, 0.99, 1])):
         for folder in ("loops", "graphs", "cures/look_ahead"):
             name = tmp_path / folder / f"{seed}.jsonl"
-            write_log(name, seed, accuracies, teacherless=True, n_layer=3, n_loop=2, commit="abc")
+            write_log(name, seed, accuracies, teacherless=True, n_layer=3, n_loop=2)
     row = ["Transformer", "3 x 2", "-", *ends, "75, 25, 50 %", "26k", "1,500"]
     assert cells(tables.loops_table(tmp_path)) == [row]
     row = ["G(2,5), 10 names", "`python train.py`", *ends, "75, 25, 50 %", "250 (200 - 300)"]
@@ -133,8 +131,8 @@ def test_tables_count_right(tmp_path, monkeypatch):
     ]]
     assert ["look ahead", "1 of 2, 26k"] in cells(tables.cures_table(tmp_path))
     assert cells(tables.cure_details_table(tmp_path)) == [
-        ["G(2,5), 10 names", "looped Transformer", objective, *ends, ends[1], "26k", "96k"]
-        for objective in ("next token", "look ahead")           # a default one, and a patch's
+        ["G(2,5), 10 names", "Transformer", objective, *ends, ends[1], "26k", "96k"]
+        for objective in ("teacherless", "look ahead")
     ]
     write_log(tmp_path / "long" / "c.jsonl", 1, [0, 0.5])
     row = ["`python train.py`", "50.0 %", "50.0 %", "100"]
@@ -144,16 +142,6 @@ def test_tables_count_right(tmp_path, monkeypatch):
     machine = "m, Python 3, torch 2"
     link = "[default/b.jsonl](logs/default/b.jsonl)"
     assert [link, "5", "100.0 %", "300", "3.0", "abc", machine] in runs
-    assert ["0632a5d or before", machine] in [run[-2:] for run in runs]
-
-
-def test_old_logs_of_reversed_runs_are_turned(tmp_path):
-    """They listed the nodes from goal to start."""
-    for name, more in (("old", {}), ("new", {"commit": None})):
-        file = tmp_path / f"{name}.jsonl"
-        write_log(file, 0, [0.5], reverse=True, **more)
-        shares = tables.read_log(file).end["forced_node_accuracy"]
-        assert shares == ([1, 1, 1, 0.5, 1] if name == "old" else [1, 0.5, 1, 1, 1])
 
 
 def test_a_damaged_log_is_refused(tmp_path):
@@ -179,12 +167,8 @@ def test_tables_are_filled_between_their_markers(tmp_path, capsys):
 
 
 def test_each_recorded_command_asks_for_the_recorded_run():
-    """With the defaults of today. (Those of the exercises need their patches.)
-
-    The defaults of the cures' runs were others.
-    """
+    """With the defaults of today. (Those of the exercises need their patches.)"""
     logs = [log for log in tables.read_logs("") if "exercises" not in log.file.parts]
-    logs = [log for log in logs if "n_loop" in log.config]
     assert logs
     for log in logs:
         config = train.config_of(settings(*log.flags))
@@ -263,10 +247,6 @@ def test_runs_are_made_recorded_and_made_again(project, capfd):
     record.write_text(json.dumps(header | {"data": "others"}) + "\n" + "".join(whole[1:]))
     assert call(reproduce, "new/a") == 0
     assert "on other graphs" in capfd.readouterr().out
-    del header["commit"]
-    record.write_text(json.dumps(header) + "\n" + "".join(whole[1:]))
-    assert call(reproduce, "new/a") == 0
-    assert "of an older version" in capfd.readouterr().out
     header["command"] += " --lr 0.1"
     record.write_text(json.dumps(header) + "\n" + "".join(whole[1:]))
     assert "other flags" in refusal(capfd, "new/a")
@@ -562,9 +542,7 @@ def test_a_page_of_ones_own_runs(own_page):
 
 def test_a_page_of_what_is_no_run_is_refused(tmp_path, capsys):
     assert call(explore, tmp_path) == 2
-    write_log(tmp_path / "log.jsonl", 0, [0.5])                 # an old log, without its graphs
-    assert call(explore, tmp_path) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+    assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "explore.html").exists()
 
 
