@@ -13,8 +13,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data import PathStar, draw, edges_of, find_arms, run_script  # noqa: E402
-from tables import CURES, MODELS, cure_runs, read_logs  # noqa: E402
-from train import STOP_AT, TASK  # noqa: E402
+from tables import CURES, LOGS, MODELS, cure_runs, read_log, read_logs  # noqa: E402
+from train import TASK  # noqa: E402
 
 # These colours differ for the colour-blind, too, and can be read on white and on black. As in the
 # page, blue is right and orange wrong, and no line has these two.
@@ -51,71 +51,23 @@ def save(figure, name):
     plt.close(figure)
 
 
-def percent_axis(ax):
-    ax.set_ylim(-0.03, 1.03)
-    ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, 0))
-
-
-def panel_for_each_model(title, height):
-    """-> a figure, and {model: its axes}, for shares over the training examples"""
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, height), sharey=True, layout="constrained")
-    panels = dict(zip(("gpt", "mamba"), axes))
-    for model, ax in panels.items():
-        ax.set_title(MODELS[model] + title)
+def draw_nodes(name, objective, key, ylabel):
+    """How often each node is right, over the training of a default run of each model, seed 0."""
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), sharey=True, layout="constrained")
+    for model, ax in zip(("gpt", "mamba"), axes):
+        log = read_log(LOGS / "default" / f"{model}-{objective}-seed0.jsonl")
+        examples = [line["examples"] for line in log.lines]
+        for place, label, color, style in HOPS:
+            shares = [line[key][place] for line in log.lines]
+            ax.plot(examples, shares, style, color=color, label=label)
+        ax.set_title(f"{MODELS[model]}, {objective.replace('_', '-')}")
         ax.set_xlabel("training examples")
         ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
         ax.axhline(0.5, color=GREY, lw=0.8, ls=":")
-        percent_axis(ax)
-    return figure, panels
-
-
-def default_runs(model, objective):
-    runs = read_logs("default")
-    return [log for log in runs if (log.config["model"], log.objective) == (model, objective)]
-
-
-def over_training(log, key, place=None):
-    """-> the examples, and a figure of the log, at each evaluation"""
-    examples = [line["examples"] for line in log.lines]
-    values = [line[key] if place is None else line[key][place] for line in log.lines]
-    return examples, values
-
-
-def draw_accuracy():
-    """Paths right over training, of the default runs."""
-    figure, panels = panel_for_each_model("", height=2.9)
-    styles = (
-        ("teacher-forced", PURPLE, "-"), ("teacherless", GREEN, "-"), ("reversed", OCHRE, "--")
-    )
-    for model, ax in panels.items():
-        for objective, color, style in styles:
-            label = objective
-            for log in default_runs(model, objective):
-                ax.plot(*over_training(log, "accuracy"), style, color=color, alpha=0.8, label=label)
-                label = None  # one entry in the legend
-    panels["mamba"].annotate(
-        "guessing an arm", (1, 0.5), (-2, -10), xycoords=("axes fraction", "data"),
-        textcoords="offset points", ha="right", fontsize=8
-    )
-    panels["gpt"].set_ylabel("paths right")
-    figure.legend(*panels["gpt"].get_legend_handles_labels(), loc="outside upper center", ncol=3)
-    save(figure, "accuracy")
-
-
-def draw_nodes(name, objective, key, ylabel):
-    """How often each node is right, over the training of one run of each model.
-
-    It is the run with the smallest seed. A teacherless one must be solved.
-    """
-    figure, panels = panel_for_each_model(f", {objective}", height=2.6)
-    for model, ax in panels.items():
-        runs = default_runs(model, objective)
-        if objective == "teacherless":
-            runs = [log for log in runs if log.end["accuracy"] >= STOP_AT]
-        for place, label, color, style in HOPS:
-            ax.plot(*over_training(runs[0], key, place), style, color=color, label=label)
-    panels["gpt"].set_ylabel(ylabel)
-    panels["mamba"].legend(loc="lower right", fontsize=8, labelspacing=0.3)
+        ax.set_ylim(-0.03, 1.03)
+        ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, 0))
+    axes[0].set_ylabel(ylabel)
+    axes[1].legend(loc="lower right", fontsize=8, labelspacing=0.3)
     save(figure, name)
 
 
@@ -139,8 +91,8 @@ def draw_graphs():
         "Transformer": (PURPLE, "o", 0.08),
         "Transformer, each layer once": (PURPLE, "s", 0.15),
         "Transformer, goal first": (PURPLE, "v", 0.08),
-        "Transformer, from a smaller graph": (BLUE, "^", 0.0),
-        "Transformer, from a smaller graph, goal first": (BLUE, "v", 0.0),
+        "Transformer, from a smaller graph": (GREY, "^", 0.0),
+        "Transformer, from a smaller graph, goal first": (GREY, "v", 0.0),
     }
     figure, (length_ax, arms_ax) = plt.subplots(1, 2, figsize=(7.2, 3.6), layout="constrained")
     runs = [log for log in read_logs("loops") if log.config["n_loop"] == 1]
@@ -184,21 +136,18 @@ def draw_graphs():
 
 
 def draw_cures():
-    """How many examples each objective needs until a graph is solved."""
-    found = cure_runs()
-    panels = sorted({key for kinds in found.values() for key in kinds})
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(7.2, 2.6), sharey=True, layout="constrained"
-    )
-    for key, ax in zip(panels, axes):
-        for row, objective in enumerate(CURES):
-            for log in found[objective].get(key, []):
-                line = log.solved_line
-                color, marker = (BLUE, "o") if line else (ORANGE, "x")
-                examples = (line or log.end)["examples"] / 1000
-                ax.plot(examples, row, marker, color=color, mfc="none", markersize=6)
-        graph, model = key
-        ax.set_title(f"{MODELS[model]}, {graph}")
+    """How many examples each objective needs until the default graph is solved."""
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), sharey=True, layout="constrained")
+    panels = dict(zip(("gpt", "mamba"), axes))
+    for (model, objective), runs in cure_runs().items():
+        for log in runs:
+            line = log.solved_line
+            color, marker = (BLUE, "o") if line else (ORANGE, "x")
+            examples = (line or log.end)["examples"] / 1000
+            place = CURES.index(objective)
+            panels[model].plot(examples, place, marker, color=color, mfc="none", markersize=6)
+    for model, ax in panels.items():
+        ax.set_title(MODELS[model])
         ax.set_xlim(0, 1.08 * ax.dataLim.x1)
         ax.grid(axis="y", color=GREY, alpha=0.3)
         ax.set_xlabel("thousand examples until solved (x: not solved)")
@@ -277,9 +226,8 @@ def main():
     matplotlib.use("svg")
     plt.rcParams.update(SETTINGS)
     try:
-        draw_accuracy()
         draw_nodes(
-            "clever_hans", "teacher-forced", "forced_node_accuracy",
+            "clever_hans", "teacher_forced", "forced_node_accuracy",
             "right, given the true\nnodes before"
         )
         draw_nodes("cascade", "teacherless", "node_accuracy", "right, from the prefix alone")

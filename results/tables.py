@@ -24,7 +24,9 @@ from train import SOLVED  # noqa: E402
 
 PAGES = [HERE.parent / "README.md", HERE / "README.md", HERE / "cures" / "README.md"]
 MODELS = {"gpt": "Transformer", "mamba": "Mamba", "gru": "GRU"}
-OBJECTIVES = ["teacher-forced", "first hop only", "reversed", "teacherless"]
+OBJECTIVES = [
+    "teacher-forced", "first hop only", "reversed", "teacherless", "teacherless, reversed"
+]
 PATCHES = ["half_and_half", "look_ahead", "token_order", "bag_of_words", "next_latent"]
 CURES = ["next_token", "teacherless", *PATCHES]
 
@@ -172,21 +174,19 @@ def default_runs(logs):
 
 def default_table(logs):
     columns = [
-        "command", "solved, seeds 0-4", "seeds 5-9", "paths right", "forced: first hop",
-        "forced: later nodes", "steps until it stopped",
+        "command", "solved, seeds 0-4", "solved, seeds 5-9", "paths right", "forced: later nodes",
+        "steps until it stopped",
     ]
     rows = []
     for runs in default_runs(logs):
         tuned = [run for run in runs if run.config["seed"] < 5]  # the settings were chosen on them
         fresh = [run for run in runs if run.config["seed"] >= 5]
-        first_hop = later_nodes = "-"
+        later_nodes = "-"
         if runs[0].objective == "teacher-forced":
-            first_hop = percent([run.end["forced_node_accuracy"][1] for run in runs])
             later_nodes = percent([run.end["cheat_accuracy"] for run in runs])
         command = f"`{runs[0].command}`"
         rows.append([
-            command, solved(tuned), solved(fresh), paths_right(runs), first_hop, later_nodes,
-            steps(runs),
+            command, solved(tuned), solved(fresh), paths_right(runs), later_nodes, steps(runs)
         ])
     return markdown(columns, rows)
 
@@ -202,32 +202,28 @@ def goal_table(logs):
 
 
 def long_table(logs):
-    columns = ["command", "paths right", "first hop", "steps"]
+    columns = ["command", "seed", "first hop right", "steps"]
     rows = []
-    for runs in groups(read_logs("long", logs), lambda log: log.command).values():
-        first_hop = percent([run.end["node_accuracy"][1] for run in runs])
-        rows.append([f"`{runs[0].command}`", paths_right(runs), first_hop, steps(runs)])
+    for run in read_logs("long", logs):
+        first_hop = percent([run.end["node_accuracy"][1]])
+        rows.append([f"`{run.command}`", run.config["seed"], first_hop, steps([run])])
     return markdown(columns, rows)
 
 
-def loop_runs(logs=LOGS):
-    """-> {(model, layers, loops, A_init): teacherless runs on the default graph}"""
-    def key(log):
+def loops_table(logs):
+    """Teacherless runs on the default graph."""
+    def kind(log):
         config = log.config
         return config["model"], config["n_layer"], config["n_loop"], config["A_init"]
 
-    runs = read_logs("loops", logs)
-    runs += [log for log in read_logs("default", logs) if log.objective == "teacherless"]
-    return groups(runs, key)
-
-
-def loops_table(logs):
     columns = [
         "model", "layers x loops", "A_init", "solved", "paths right", "hops 1, 2, 3",
         "examples until solved", "steps at most",
     ]
+    looped = read_logs("loops", logs)
+    looped += [log for log in read_logs("default", logs) if log.objective == "teacherless"]
     rows = []
-    for (_, n_layer, n_loop, A_init), runs in loop_runs(logs).items():
+    for (_, n_layer, n_loop, A_init), runs in groups(looped, kind).items():
         rows.append([
             runs[0].model, f"{n_layer} x {n_loop}", A_init or "-", solved(runs),
             paths_right(runs), hops(runs), examples_until_solved(runs) or "-",
@@ -278,28 +274,24 @@ def stages_table(logs):
 
 
 def cure_runs(logs=LOGS):
-    """-> {objective: {(graph, model): runs}}
+    """-> {(model, objective): runs}, on the default graph
 
-    Runs of the other folders without a patch are among them, too. A key without a run of a patch is
-    left out.
+    The teacherless ones are default runs. The long runs are among those of the next token.
     """
-    def key(log):
-        return log.graph, log.config["model"]
-
+    runs = {objective: read_logs(f"cures/{objective}", logs) for objective in CURES}
+    runs["teacherless"] = [
+        log for log in read_logs("default", logs) if log.objective == "teacherless"
+    ]
+    runs["next_token"] += [
+        log for log in read_logs("long", logs) if log.objective == "teacher-forced"
+    ]
     found = {}
-    for objective in CURES:
-        runs = read_logs(f"cures/{objective}", logs)
-        if objective == "next_token":
-            runs += read_logs("long", logs)
-        if objective == "teacherless":
-            runs += read_logs("default", logs) + read_logs("graphs", logs)
-            runs = [log for log in runs if log.objective == objective and log.before is None]
-        found[objective] = groups(runs, key)
-    compared = {key for patch in PATCHES for key in found[patch]}
-    return {
-        objective: {key: runs for key, runs in kinds.items() if key in compared}
-        for objective, kinds in found.items()
-    }
+    for model in ("gpt", "mamba"):
+        for objective in CURES:
+            own = [log for log in runs[objective] if log.config["model"] == model]
+            if own:
+                found[model, objective] = own
+    return found
 
 
 def examples_until_solved(runs):
@@ -309,38 +301,17 @@ def examples_until_solved(runs):
 
 
 def cures_table(logs):
-    """A row for each objective, a column for each graph and model."""
-    cells = cure_runs(logs)
-    keys = sorted({key for found in cells.values() for key in found})
-    columns = ["objective"]
-    columns += [f"{MODELS[model]}, {graph.split(', ')[0]}" for graph, model in keys]
-    rows = []
-    for objective, found in cells.items():
-        row = [objective.replace("_", " ")]
-        for key in keys:
-            runs = found.get(key, [])
-            examples = examples_until_solved(runs)
-            row.append(solved(runs) if examples is None else f"{solved(runs)}, {examples}")
-        rows.append(row)
-    return markdown(columns, rows)
-
-
-def cure_details_table(logs):
     columns = [
-        "graph", "model", "objective", "solved", "paths right", "first hop",
-        "examples until solved", "examples at most",
+        "model", "objective", "solved", "paths right", "examples until solved", "examples at most"
     ]
-    rows = {}
-    for objective, found in cure_runs(logs).items():
-        for key, runs in found.items():
-            at_most = [log.config["max_iters"] * log.config["batch_size"] / 1000 for log in runs]
-            rows.setdefault(key, []).append([
-                key[0], runs[0].model, objective.replace("_", " "), solved(runs),
-                paths_right(runs), percent([run.end["node_accuracy"][1] for run in runs]),
-                examples_until_solved(runs) or "-",
-                spread(at_most, "{:.0f}", "k"),
-            ])
-    return markdown(columns, [row for key in sorted(rows) for row in rows[key]])
+    rows = []
+    for (model, objective), runs in cure_runs(logs).items():
+        at_most = [run.config["max_iters"] * run.config["batch_size"] / 1000 for run in runs]
+        rows.append([
+            MODELS[model], objective.replace("_", " "), solved(runs), paths_right(runs),
+            examples_until_solved(runs) or "-", spread(at_most, "{:.0f}", "k"),
+        ])
+    return markdown(columns, rows)
 
 
 def runs_table(logs):
@@ -360,8 +331,7 @@ def runs_table(logs):
 
 TABLES = {
     "default": default_table, "goal": goal_table, "long": long_table, "loops": loops_table,
-    "graphs": graphs_table, "stages": stages_table, "cures": cures_table,
-    "cure_details": cure_details_table, "runs": runs_table,
+    "graphs": graphs_table, "stages": stages_table, "cures": cures_table, "runs": runs_table,
 }
 
 
