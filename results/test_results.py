@@ -23,6 +23,7 @@ import torch
 
 import data
 import explore
+import probe
 import reproduce
 import tables
 import train
@@ -306,6 +307,49 @@ def test_the_figures_are_those_of_the_logs(monkeypatch, tmp_path):
     assert len(figures) == 5
     for figure in figures:
         assert (tmp_path / "figures" / figure.name).read_bytes() == figure.read_bytes(), figure
+
+
+class Through(torch.nn.Module):
+    def forward(self, x):
+        return x, None
+
+
+class OneAhead(torch.nn.Module):
+    """Has each node in the stream at the place before it, and answers from there."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer = torch.nn.ModuleDict({"h": torch.nn.ModuleList([Through()])})
+
+    def forward(self, idx, targets=None):
+        paths = []
+        for *edges, start, goal, _ in idx[:, :STAR.prefix_len].tolist():
+            before = dict(zip(edges[1::3], edges[::3]))
+            path = [goal]
+            while path[0] != start:
+                path.insert(0, before[path[0]])
+            paths.append(path)
+        paths = torch.tensor(paths)
+        known = torch.nn.functional.one_hot(paths, STAR.vocab_size).float()
+        x = 0.01 * torch.randn(*idx.shape, STAR.vocab_size)     # of full rank, as a stream is
+        x[:, -5:-1] += known[:, 1:]
+        x, _ = self.transformer.h[0](x)
+        answers = torch.cat([known[:, :1], x[:, -5:-1]], dim=1)
+        return torch.cat([torch.zeros_like(x[:, :-5]), answers], dim=1), torch.tensor(0.0)
+
+
+def test_probes_find_what_is_where():
+    """Each node is found at the place before it, and is wrong if that place is exchanged."""
+    args, model = settings("--teacherless"), OneAhead()
+    found = cells(probe.probes(args, STAR, model))              # hops 1 to 3, at start to hop 3
+    right = cells(probe.exchanges(args, STAR, model))           # at start to hop 3, start to goal
+    assert (len(found), len(right)) == (3, 4)
+    for place, row in enumerate(found):
+        percent = [int(cell.rstrip("%")) for cell in row[2:]]
+        assert percent.pop(place) == 100 and max(percent) < 50
+    for place, row in enumerate(right):
+        percent = [int(cell.rstrip("%")) for cell in row[1:]]
+        assert percent.pop(place + 1) < 50 and min(percent) == 100
 
 
 # ---- The cures and the exercises
