@@ -152,6 +152,7 @@ def draw_unseen(star, n, rng, seen, distinct=True):
 
     With `distinct`, no two of them are alike either. Raises ValueError if there are too few.
     """
+    # One at least, also for n = 0: with --n_train 0 the steps draw theirs later.
     needed = len(seen) + (max(n, 1) if distinct else 1)
     if needed > star.count():
         raise ValueError(f"there are only {star.count()} different graphs {star}, not {needed}")
@@ -245,7 +246,7 @@ def to_text(prefix, path=()):
 def parse_graph(line):
     """A graph in text form, with its path or without -> edges [(tail, head), ...], path.
 
-    Raises ValueError for a line that is not a path-star graph with its right path.
+    Raises ValueError for a line that is not a path-star graph, and for a wrong path.
     """
     match = LINE.fullmatch(line.strip())
     if not match:
@@ -276,7 +277,7 @@ def parse_graph(line):
 def read_graphs(file, n=None, size=(None, None)):
     """The first n graphs of a file (None: all), which have the size (deg, path_len).
 
-    None stands for that of the first graph. Returns edges (n, n_edges, 2), paths (n,
+    A size that is None is that of the first graph. Returns edges (n, n_edges, 2), paths (n,
     path_len), and the size. Raises ValueError, with the file's name and the line's number, for a
     line that is not such a graph with its path, and if there are fewer than n.
     """
@@ -292,11 +293,9 @@ def read_graphs(file, n=None, size=(None, None)):
                 if line.strip().endswith("="):
                     raise ValueError("the path is missing")
                 size_here = len(edges) // (len(path) - 1), len(path)
-                if any(given not in (None, here) for given, here in zip(size, size_here)):
-                    raise ValueError(
-                        "a graph with deg {} and path_len {}, where deg {} and path_len {} are "
-                        "expected".format(*size_here, *size)
-                    )
+                for name, given, here in zip(("deg", "path_len"), size, size_here):
+                    if given not in (None, here):
+                        raise ValueError(f"a graph with {name} {here}, where {given} is expected")
                 size = size_here
             except ValueError as error:
                 raise ValueError(f"{file}, line {number}: {error}") from None
@@ -334,7 +333,7 @@ def run_script(main):
     Ctrl-C, a closed pipe (`| head`) and a full disk end it without a traceback.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")            # it may be closed from the start
-    if hasattr(sys.stdout, "reconfigure"):                      # a notebook's has no encoding
+    if hasattr(sys.stdout, "reconfigure"):                      # a notebook's lacks it
         sys.stdout.reconfigure(errors="backslashreplace")       # for names that it cannot encode
     try:
         main()

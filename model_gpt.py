@@ -15,8 +15,8 @@ Training starts from other weights than GPT-2's in three ways:
   Attention to "the token one to the left" is then easy to express.
 - The matrices begin larger in a narrow model. At GPT-2's width they begin as GPT-2's do.
 - What block i adds to the residual stream is at first scaled by 1 / i. (GPT-2: by
-  1 / sqrt(2 n_layer) in all blocks.) Here a task of several look-ups in a row was then learned
-  sooner.
+  1 / sqrt(2 n_layer) in all blocks.) With this, tasks of several look-ups in a row were learned
+  sooner here.
 """
 import math
 from dataclasses import dataclass

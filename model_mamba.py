@@ -24,13 +24,13 @@ The layers can be run n_loop times in turn, with the same weights each time: a l
 one step of a chain of look-ups is there for all other steps.
 
 Parameters have the names and shapes of the state-spaces/mamba package, so its published
-checkpoints load with `strict=True`. (They pad the vocabulary to a multiple of 8: give them
-vocab_size=50280.) Training starts from other weights than the package's:
+checkpoints load with `strict=True`. (They pad the vocabulary to a multiple of 8, as in the default
+of `vocab_size`.) Training starts from other weights than the package's:
 - The embedding, which is the lm_head too, begins with entries of size 1 / sqrt(d_model), not 0.02.
   In a narrow model 0.02 would drown in what the first layer adds.
 - What layer i adds to the residual stream is at first scaled by 1 / i. (The package: by
-  1 / sqrt(n_layer) in all layers.) Here a task of several look-ups in a row was then learned
-  sooner.
+  1 / sqrt(n_layer) in all layers.) With this, tasks of several look-ups in a row were learned
+  sooner here.
 - With A_init < 1 states fade more slowly at first, and recall is learned sooner (Trockman et al.
   2024, arXiv 2410.11135).
 """
@@ -55,8 +55,9 @@ class MambaConfig:
     d_conv: int = 4
     expand: int = 2
     dt_rank: int = 0          # 0: d_model / 16, rounded up
-    dt_min: float = 0.001     # Delta starts between these two, so that states last
-    dt_max: float = 0.1       # up to 1 / (A_init Delta) steps
+    # softplus(Delta's bias) starts between these two. States last up to 1 / (A_init Delta) steps.
+    dt_min: float = 0.001
+    dt_max: float = 0.1
 
     def __post_init__(self):
         if self.dt_rank == 0:
@@ -84,7 +85,7 @@ class MambaBlock(nn.Module):
         self.D = nn.Parameter(torch.ones(d_inner))
         self.A_log._no_weight_decay = True
 
-        # Delta starts log-uniform between dt_min and dt_max. The bias is softplus^-1 of it.
+        # The bias is softplus^-1 of what is log-uniform between dt_min and dt_max.
         bound = config.dt_rank ** -0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         log_min, log_max = math.log(config.dt_min), math.log(config.dt_max)

@@ -5,8 +5,8 @@
     python sample.py --out_dir out/... --graph "0,1|2,3|1,4|0,2/0,4="
 
 For each graph it prints
-- the arms, with the probability that the model gives to setting out on each (a reversed one knows
-  the nodes behind by then);
+- the arms, with the probability that the model gives to setting out on each (one that writes from
+  goal to start, token by token, has written the later nodes by then);
 - the model's answer, and how sure it is of each node;
 - what it predicts when it is forced, that is, when it reads the true nodes before each place.
 
@@ -162,7 +162,7 @@ def main():
     result = {"num_graphs": len(paths), **summary(args, answers, forced, paths)}
     result["goal_moved"] = None
     if star.deg > 1:
-        result["goal_moved"] = goal_moved(args, star, model, (prefixes, paths), answers)
+        result["goal_moved"] = goal_moved(args, star, model, prefixes, answers)
     p = probabilities(args, star, model, prefix_tensor[:flags.show], answers[:flags.show])
     graphs, real_arms = [], 0
     for i, (prefix, path, answer) in enumerate(zip(prefixes, paths.tolist(), answers.tolist())):

@@ -2,8 +2,8 @@
 
 At its heart is one recurrence. It is written three times: as a plain loop, as Triton kernels for a
 GPU, and in PyTorch for a CPU. The order here is that of a lesson: equations, loop, forward kernel,
-backward kernel, CPU path, choice. `selective_scan`, at the end, puts the rest of the equations
-around the recurrence.
+backward kernel, CPU path, autograd, choice. `selective_scan`, at the end, puts the rest of the
+equations around the recurrence.
 
 The equations, for one sequence and one channel. The state h has N numbers. A, B_t, C_t and a_t have
 N numbers too; B_t and C_t are shared by all channels. u_t, dt_t, x_t and y_t are one number each.
@@ -52,7 +52,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 
 try:
     import triton
@@ -208,7 +207,7 @@ def launch(kernel, tensors, batch, seqlen, dim, dstate):
 
 
 def triton_forward(x, dt, A, B, C, initial_state, save_states):
-    """-> y, the last state, and the state at the start of each chunk, of none if not saved"""
+    """-> y, the last state, and the state at the start of each chunk (no chunks unless saved)"""
     batch, seqlen, dim = x.shape
     dstate = A.shape[0]
     y = torch.empty_like(x)
@@ -305,10 +304,10 @@ def cpu_backward(x, dt, A, B, C, chunk_states, dy, dlast_state):
 
         g = memory[2, :h.shape[0], :h.shape[1]]
         torch.mul(C[piece].unsqueeze(3), dy[piece].unsqueeze(2), out=g)
-        a_t, g_t = a.unbind(1), g.unbind(1)                     # C_t dy_t; the loop makes it g_t
-        g_t[-1].add_(ag[rows])
-        for t in range(len(g_t) - 2, -1, -1):
-            g_t[t].addcmul_(a_t[t + 1], g_t[t + 1])
+        a_steps, g_steps = a.unbind(1), g.unbind(1)             # C_t dy_t; the loop makes it g_t
+        g_steps[-1].add_(ag[rows])
+        for t in range(len(g_steps) - 2, -1, -1):
+            g_steps[t].addcmul_(a_steps[t + 1], g_steps[t + 1])
         dB[piece] = torch.einsum("btd,btnd->btn", x[piece], g)
         dx[piece] = torch.einsum("btn,btnd->btd", B[piece], g)
 
@@ -322,7 +321,7 @@ def cpu_backward(x, dt, A, B, C, chunk_states, dy, dlast_state):
     return dx, ddt, dA, dB, dC, ag
 
 
-# Both as functions of autograd.
+# Autograd, around both paths.
 
 
 def one_by_one(function, info, in_dims, inputs):
@@ -437,8 +436,8 @@ def check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state):
     for x, dims in ((u, 3), (A, 2)):
         if not isinstance(x, torch.Tensor) or x.dim() != dims or 0 in x.shape[-2:]:
             raise ValueError(
-                "u must be a tensor (batch, dim, seqlen) and A (dim, dstate), none of them 0 but "
-                f"batch, got {form(u)} and {form(A)}"
+                "u must be a tensor (batch, dim, seqlen) and A (dim, dstate), where only batch "
+                f"may be 0, got {form(u)} and {form(A)}"
             )
     batch, dim, seqlen = u.shape
     dstate = A.shape[1]
@@ -499,7 +498,7 @@ def selective_scan(
     if delta_bias is not None:
         dt = dt + delta_bias.to(dtype)
     if delta_softplus:
-        dt = F.softplus(dt, threshold=40)   # 20, the default, would be seen in float64
+        dt = F.softplus(dt, threshold=40)   # 20, the default, is too coarse for float64
     if initial_state is None:
         h = u.new_zeros(u.shape[0], *A.shape)
     else:
@@ -511,27 +510,3 @@ def selective_scan(
         y = y * F.silu(z.to(dtype).mT)
     out = y.to(out_dtype).mT
     return (out, h.mT) if return_last_state else out
-
-
-def main():
-    """Prints how long a scan takes here, beside the plain loop."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch, seqlen, dim, dstate = 128, 31, 256, 16
-    x, dt = torch.rand(2, batch, seqlen, dim, device=device)
-    A = -torch.rand(dstate, dim, device=device)
-    B, C = torch.randn(2, batch, seqlen, dstate, device=device)
-    initial_state = torch.zeros(batch, dstate, dim, device=device)
-    inputs = [each.requires_grad_() for each in (x, dt, A, B, C)]
-    print(f"batch {batch}, seqlen {seqlen}, dim {dim}, dstate {dstate}, {device}, 1 thread")
-    for function in (scan, scan_ref):
-        def forward_and_backward():
-            y, _ = function(*inputs, initial_state)
-            y.sum().backward()
-
-        timer = Timer("f()", globals={"f": forward_and_backward}, num_threads=1)
-        milliseconds = 1000 * timer.blocked_autorange().median
-        print(f"{function.__name__:8} forward and backward {milliseconds:8.2f} ms")
-
-
-if __name__ == "__main__":
-    main()

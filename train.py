@@ -1,14 +1,14 @@
 """Trains a model to find the path in path-star graphs. Does it learn to plan, or to cheat?
 
-There are four ways to train (Bachmann & Nagarajan 2024, figure 1). With a prefix p, and the path
-7 3 9 as the solution to be written:
+There are four ways to train, the first three from Bachmann & Nagarajan 2024 (figure 1). With a
+prefix p, and the path 7 3 9 as the solution to be written:
 
     teacher forcing (default)   reads  p 7 3     predicts  7 3 9     from the true tokens before
     --teacherless               reads  p $ $     predicts  7 3 9     from the prefix alone
     --reverse                   reads  p 9 3     predicts  9 3 7     from goal to start
     --only_first_hop            reads  p 7       predicts  7 3       and no later node
 
---teacherless and --reverse can be had together.
+--teacherless and --reverse can be combined.
 
 Every evaluation keeps two phases apart. In *inference* (`accuracy`, `node_accuracy`) the model
 reads its own tokens, or only $ (teacherless). In the *forced* phase (`forced_accuracy`,
@@ -52,14 +52,14 @@ N_SAMPLES = 8        # test graphs whose answers stand in the log
 # ---- Four ways to train
 
 
-def as_written(args, tokens):
-    """Turns (n, path_len, ...) from the path's order to that of writing, and back."""
+def flip_if_reversed(args, tokens):
+    """Turns (n, path_len, ...) from the order of the path to that of writing, or back."""
     return tokens.flip(1) if args.reverse else tokens
 
 
 def prefixes_and_solutions(args, prefixes, paths):
     """What the model is given (n, prefix_len), and what it has to write (n, solution_len)."""
-    solutions = as_written(args, torch.from_numpy(paths))
+    solutions = flip_if_reversed(args, torch.from_numpy(paths))
     if args.only_first_hop:
         solutions = solutions[:, :2]
     return torch.from_numpy(prefixes), solutions
@@ -98,8 +98,8 @@ def predict(args, star, model, prefixes, solutions):
         else:
             forced.append(predicted)
             answers.append(model.generate(prefix, solution.size(1))[:, prefix.size(1):])
-    answers = as_written(args, torch.cat(answers))
-    forced = as_written(args, torch.cat(forced)) if forced else None
+    answers = flip_if_reversed(args, torch.cat(answers))
+    forced = flip_if_reversed(args, torch.cat(forced)) if forced else None
     return answers, forced, sum(losses) / len(prefixes)
 
 
@@ -128,18 +128,18 @@ def summary(args, answers, forced, paths):
     return result
 
 
-def goal_moved(args, star, model, graphs, answers):
+def goal_moved(args, star, model, prefixes, answers):
     """Does the first hop follow the goal, when that moves to another arm and all else stays?
 
-    graphs: (prefixes, paths) of two or more arms, answers: what the model wrote for them. Returns
-    the share of the graphs in which the first hop `turns` to the new goal's arm, from another
-    node, and of those in which it `stays` the same node, as a dict.
+    The prefixes are of two or more arms, answers is what the model wrote for them. Returns the
+    share of the graphs in which the first hop `turns` to the new goal's arm, from another node,
+    and of those in which it `stays` the same node, as a dict.
     """
-    moved = move_goals(graphs[0])
-    prefixes, solutions = prefixes_and_solutions(args, *moved)
+    moved_prefixes, moved_paths = move_goals(prefixes)
+    given, solutions = prefixes_and_solutions(args, moved_prefixes, moved_paths)
     device = answers.device
-    new, _, _ = predict(args, star, model, prefixes.to(device), solutions.to(device))
-    to_new_arm = new[:, 1] == torch.from_numpy(moved[1][:, 1]).to(device)
+    new, _, _ = predict(args, star, model, given.to(device), solutions.to(device))
+    to_new_arm = new[:, 1] == torch.from_numpy(moved_paths[:, 1]).to(device)
     stays = new[:, 1] == answers[:, 1]
     return {
         "turns": (to_new_arm & ~stays).double().mean().item(),
@@ -153,9 +153,9 @@ def probabilities(args, star, model, prefixes, answers):
 
     -> (n, solution_len, vocab_size)
     """
-    inputs, _ = inputs_and_targets(args, star, prefixes, as_written(args, answers))
+    inputs, _ = inputs_and_targets(args, star, prefixes, flip_if_reversed(args, answers))
     logits, _ = model(inputs)
-    return as_written(args, logits[:, -answers.size(1):].float().softmax(dim=2))
+    return flip_if_reversed(args, logits[:, -answers.size(1):].float().softmax(dim=2))
 
 
 def is_guess(share, args, n_test):
@@ -200,14 +200,15 @@ def evaluate(args, star, model, test_set, step):
     prefixes, solutions = prefixes.to(device), solutions.to(device)
     answers, forced, loss = predict(args, star, model, prefixes, solutions)
     result = {"test_loss": loss, **summary(args, answers, forced, test_set[1])}
-    p = probabilities(args, star, model, prefixes[:N_SAMPLES], answers[:N_SAMPLES])
+    shown = answers[:N_SAMPLES]
+    p = probabilities(args, star, model, prefixes[:N_SAMPLES], shown)
     result["samples"] = []
-    for answer, path, p_of_answer in zip(answers.tolist(), test_set[1].tolist(), p):
+    for answer, path, p_of_answer in zip(shown.tolist(), test_set[1].tolist(), p):
         p_first_hop = round(p_of_answer[1, path[1]].item(), 4)  # of the right one
         result["samples"].append({"answer": answer, "p_first_hop": p_first_hop})
     result["goal_moved"] = None
     if star.deg > 1 and is_over(args, step, result["accuracy"]):
-        result["goal_moved"] = goal_moved(args, star, model, test_set, answers)
+        result["goal_moved"] = goal_moved(args, star, model, test_set[0], answers)
     return result
 
 
@@ -330,13 +331,14 @@ def build_model(args, star):
         raise ValueError(f"model_{args.model}.py is missing")
     if args.model == "gpt":
         from model_gpt import GPT, GPTConfig  # here, so that one model's file is enough for a run
-        block_size = star.prefix_len + star.path_len - 1
         return GPT(GPTConfig(
-            block_size, star.vocab_size, args.n_layer, args.n_head, args.n_embd, args.n_loop
+            block_size=star.prefix_len + star.path_len - 1, vocab_size=star.vocab_size,
+            n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, n_loop=args.n_loop
         ))
     from model_mamba import Mamba, MambaConfig
     return Mamba(MambaConfig(
-        star.vocab_size, args.n_layer, args.n_embd, args.d_state, args.n_loop, args.A_init
+        vocab_size=star.vocab_size, n_layer=args.n_layer, d_model=args.n_embd,
+        d_state=args.d_state, n_loop=args.n_loop, A_init=args.A_init
     ))
 
 
@@ -566,8 +568,8 @@ def make_parser():
 
     add = parser.add_argument_group("optimization").add_argument
     add("--batch_size", type=positive_int, help="examples in a step")
-    add("--max_iters", type=positive_int, help="steps at most")
-    add("--lr", type=positive_float, help="learning rate at most")
+    add("--max_iters", type=positive_int, help="maximum number of steps")
+    add("--lr", type=positive_float, help="learning rate, the highest")
     add("--decay_frac", type=positive_float,
         help="the part of the run, at its end, in which the learning rate falls to 0")
     add("--weight_decay", type=bounded(float, 0), default=0.01, help="AdamW's (%(default)s)")
@@ -581,7 +583,7 @@ def make_parser():
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of the forward pass (auto: bfloat16 on a GPU)")
     add("--compile", action="store_true", help="use torch.compile for the training steps")
-    add("--out_dir", help="folder for log.jsonl and ckpt.pt (out/ and a name)")
+    add("--out_dir", help="folder for log.jsonl and ckpt.pt (default: one in out/)")
     add("--overwrite", action="store_true", help="start over if there is a run in out_dir")
     add("--resume", metavar="OUT_DIR", help="go on with a run; with --max_iters, further")
     return parser
@@ -675,11 +677,11 @@ def load_run(flags):
     return ckpt, args, star, model
 
 
-def load_graphs(args, data=None):
+def load_graphs(args, expected_digest=None):
     """-> the PathStar, the training set and the test set of a run. Sets sizes left to files.
 
-    Raises ValueError and OSError as `datasets`, and ValueError if their digest is to be `data` and
-    is another one.
+    Raises ValueError and OSError as `datasets`, and ValueError for graphs that do not have the
+    expected digest.
     """
     star, train_set, test_set = datasets(
         args.deg, args.path_len, args.num_nodes, args.n_train, args.n_test, args.seed,
@@ -687,7 +689,7 @@ def load_graphs(args, data=None):
     )
     args.deg, args.path_len, args.num_nodes = star.deg, star.path_len, star.num_nodes
     args.n_train, args.n_test = len(train_set[0]), len(test_set[0])
-    if data not in (None, digest(train_set, test_set)):
+    if expected_digest not in (None, digest(train_set, test_set)):
         raise ValueError("the graphs are not those of the run: a file has changed, or NumPy")
     if 0 < args.n_train < args.batch_size:
         raise ValueError(f"--batch_size {args.batch_size} is more than {args.n_train} graphs")

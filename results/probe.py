@@ -28,7 +28,7 @@ sys.path.insert(0, str(HERE.parent))
 from data import PathStar, draw, run_script  # noqa: E402
 from tables import Log, markdown  # noqa: E402
 from train import (  # noqa: E402
-    as_written, inputs_and_targets, load_checkpoint, predict, prefixes_and_solutions, summary
+    flip_if_reversed, inputs_and_targets, load_checkpoint, predict, prefixes_and_solutions, summary
 )
 
 N_FIT, N_TEST = 4000, 2000
@@ -104,7 +104,7 @@ def exchanges(args, star, model):
         hook = layers_of(model)[-1].register_forward_hook(exchange)
         answers, _, _ = predict(args, star, model, prefixes, solutions)
         hook.remove()
-        right = as_written(args, answers) == solutions
+        right = flip_if_reversed(args, answers) == solutions
         rows.append([name, *[f"{share:.0%}" for share in right.double().mean(dim=0)]])
     return markdown(["exchanged at", *names], rows)
 
