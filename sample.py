@@ -93,8 +93,6 @@ def show(graph, names, args, pause):
         print(f"{p:12.1%}{nodes}")
     print_nodes("answer", answer, path, pause)
     print(f"{'sure':>12}" + "   ".join(f"{share:5.0%}" for share in graph["sure"]))
-    if graph["forced"] is not None:
-        print_nodes("forced", graph["forced"], path)
     wrong = [place for place, node in enumerate(answer) if node != path[place]]
     text = "right"
     if wrong:
@@ -102,7 +100,10 @@ def show(graph, names, args, pause):
         text = f"first wrong: {names[first]}"
         if is_arm(answer, graph["arms"]):
             text += "; walks another arm"
-    print(f"{'':14}{text}\n")
+    print(f"{'':14}{text}")
+    if graph["forced"] is not None:
+        print_nodes("forced", graph["forced"], path)
+    print()
 
 
 def print_result(result, names, args, star):

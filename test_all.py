@@ -2068,8 +2068,8 @@ ARMS = [[1, 2, 3], [1, 4, 5]]       # the second is right
     ((), [1, 2, 3], [1, 2, 5], [
         "      answer    1 ->  [2] ->  [3]",
         "        sure  99%     50%    100%",
-        "      forced    1 ->  [2] ->    5",
         "              first wrong: first hop; walks another arm",
+        "      forced    1 ->  [2] ->    5",
     ]),
     (("--teacherless",), [1, 4, 5], None, [
         "      answer    1 ->    4 ->    5",
@@ -2079,14 +2079,14 @@ ARMS = [[1, 2, 3], [1, 4, 5]]       # the second is right
     (("--reverse",), [0, 2, 5], [1, 4, 5], [                    # written from 5 to 0
         "      answer  [0] ->  [2] ->    5",
         "        sure  99%     50%    100%",
-        "      forced    1 ->    4 ->    5",
         "              first wrong: first hop",
+        "      forced    1 ->    4 ->    5",
     ]),
     (("--only_first_hop",), [1, 2], [1, 4], [
         "      answer    1 ->  [2]",
         "        sure  99%     50%",
-        "      forced    1 ->    4",
         "              first wrong: first hop; walks another arm",
+        "      forced    1 ->    4",
     ]),
 ])
 def test_sample_shows_where_the_answer_leaves_the_path(way, answer, forced, text, capsys):
