@@ -139,20 +139,20 @@ def draw_cures():
     """How many examples each objective needs until the default graph is solved."""
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), sharey=True, layout="constrained")
     panels = dict(zip(("gpt", "mamba"), axes))
-    for (model, objective), runs in cure_runs().items():
+    for (_, model, place), runs in cure_runs().items():
         for log in runs:
+            if log.config["deg"] != TASK["deg"]:
+                continue
             line = log.solved_line
             color, marker = (BLUE, "o") if line else (ORANGE, "x")
             examples = (line or log.end)["examples"] / 1000
-            place = CURES.index(objective)
             panels[model].plot(examples, place, marker, color=color, mfc="none", markersize=6)
     for model, ax in panels.items():
         ax.set_title(MODELS[model])
         ax.set_xlim(0, 1.08 * ax.dataLim.x1)
         ax.grid(axis="y", color=GREY, alpha=0.3)
         ax.set_xlabel("thousand examples until solved (x: not solved)")
-    names = [objective.replace("_", " ") for objective in CURES]
-    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_yticks(range(len(CURES)), CURES)
     axes[0].invert_yaxis()
     save(figure, "cures")
 

@@ -27,8 +27,10 @@ MODELS = {"gpt": "Transformer", "mamba": "Mamba", "gru": "GRU"}
 OBJECTIVES = [
     "teacher-forced", "first hop only", "reversed", "teacherless", "teacherless, reversed"
 ]
-PATCHES = ["half_and_half", "look_ahead", "token_order", "bag_of_words", "next_latent"]
-CURES = ["next_token", "teacherless", *PATCHES]
+PATCHES = [
+    "half_and_half", "look_ahead", "token_order", "bag_of_words", "next_latent", "belief_state"
+]
+CURES = ["teacher-forced", "teacherless", *[name.replace("_", " ") for name in PATCHES]]
 
 
 # ---- Reading logs
@@ -274,24 +276,26 @@ def stages_table(logs):
 
 
 def cure_runs(logs=LOGS):
-    """-> {(model, objective): runs}, on the default graph
+    """-> {(graph, model, place of the objective in CURES): runs}, from scratch
 
-    The teacherless ones are default runs. The long runs are among those of the next token.
+    Beside the runs in cures/ these are teacherless and teacher-forced ones on the same graphs.
+    Teacher-forced default runs are left out, since those in long/ took more steps.
     """
-    runs = {objective: read_logs(f"cures/{objective}", logs) for objective in CURES}
-    runs["teacherless"] = [
-        log for log in read_logs("default", logs) if log.objective == "teacherless"
-    ]
-    runs["next_token"] += [
-        log for log in read_logs("long", logs) if log.objective == "teacher-forced"
-    ]
-    found = {}
-    for model in ("gpt", "mamba"):
-        for objective in CURES:
-            own = [log for log in runs[objective] if log.config["model"] == model]
-            if own:
-                found[model, objective] = own
-    return found
+    runs = read_logs("cures", logs)
+    graphs = {log.graph for log in runs}
+    for folder, objectives in (
+        ("default", ["teacherless"]),
+        ("long", ["teacher-forced"]),
+        ("graphs", ["teacherless", "teacher-forced"]),
+    ):
+        for log in read_logs(folder, logs):
+            if log.objective in objectives and log.graph in graphs and log.before is None:
+                runs.append(log)
+
+    def kind(log):
+        return log.graph, log.config["model"], CURES.index(log.objective)
+
+    return groups(runs, kind)
 
 
 def examples_until_solved(runs):
@@ -302,13 +306,14 @@ def examples_until_solved(runs):
 
 def cures_table(logs):
     columns = [
-        "model", "objective", "solved", "paths right", "examples until solved", "examples at most"
+        "graph", "model", "objective", "solved", "paths right", "examples until solved",
+        "examples at most",
     ]
     rows = []
-    for (model, objective), runs in cure_runs(logs).items():
+    for runs in cure_runs(logs).values():
         at_most = [run.config["max_iters"] * run.config["batch_size"] / 1000 for run in runs]
         rows.append([
-            MODELS[model], objective.replace("_", " "), solved(runs), paths_right(runs),
+            runs[0].graph, runs[0].model, runs[0].objective, solved(runs), paths_right(runs),
             examples_until_solved(runs) or "-", spread(at_most, "{:.0f}", "k"),
         ])
     return markdown(columns, rows)

@@ -133,8 +133,9 @@ def test_tables_count_right(tmp_path, monkeypatch):
     write_log(tmp_path / "long" / "c.jsonl", 1, [0, 0.5])
     assert cells(tables.long_table(tmp_path)) == [["`python train.py`", "1", "50.0 %", "100"]]
     assert cells(tables.cures_table(tmp_path)) == [
-        ["Transformer", "next token", "0 of 1", "50.0 %", "-", "96k"],
-        ["Transformer", "look ahead", *ends, "26k", "96k"],
+        ["G(2,5), 10 names", "Transformer", "teacher-forced", "0 of 1", "50.0 %", "-", "96k"],
+        ["G(2,5), 10 names", "Transformer", "teacherless", *ends, "26k", "96k"],
+        ["G(2,5), 10 names", "Transformer", "look ahead", *ends, "26k", "96k"],
     ]
     runs = cells(tables.runs_table(tmp_path))
     assert len(runs) == 11
