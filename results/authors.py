@@ -18,7 +18,6 @@ import statistics
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -78,9 +77,8 @@ def build_theirs(checkout, file):
     from models import get_model
     from tokenizing import get_tokenizer
     from utils.training_utils import get_lr
-    args = types.SimpleNamespace(model="gpt", n_layer=6, n_head=6, n_embd=384, use_flash=False)
-    args.num_nodes = 50
-    args.teacherless_token = None
+    args = argparse.Namespace(model="gpt", n_layer=6, n_head=6, n_embd=384, use_flash=False)
+    args.num_nodes, args.teacherless_token = 50, None
     tokenizer = get_tokenizer(args)
     data = Graphs(tokenizer, STEPS * BATCH, file, "cpu", teacherless_token=None)
     args.block_size = data.num_tokens

@@ -21,14 +21,13 @@ import torch  # noqa: E402
 
 from data import find_arms, parse_graph, run_script  # noqa: E402
 from sample import unseen_graphs  # noqa: E402
-from tables import LOGS, MODELS, PATCHES, Log, read_log  # noqa: E402
+from tables import LOGS, PATCHES, Log, read_log  # noqa: E402
 from train import (  # noqa: E402
     TASK, load_checkpoint, predict, prefixes_and_solutions, summary
 )
 
 LIVE_MODELS = HERE / "live_models.json"
 N_JUDGED = 1000         # new graphs, to see that int8 does no harm
-FIRST_SHOWN = ["mamba-teacher_forced-seed0", "mamba-teacherless-seed0"]
 
 
 def in_percent(shares):
@@ -62,7 +61,7 @@ def run_for_page(log):
         "objective": log.objective,
         "command": command,
         **settings,
-        "from_scratch": not log.config.get("init_from"),
+        "init_from": log.config.get("init_from"),
         "n_test": log.config["n_test"],
         "graphs": graphs,
         "evaluations": evaluations,
@@ -79,9 +78,10 @@ def in_base64(x):
 def quantize(x):
     """A tensor for the page, a dict, and the tensor that the page makes of it.
 
-    The rows of in_proj, x_proj, out_proj and the embedding become int8, with a scale each.
+    Matrices of 32 and more columns become int8, with a scale for each row. The others are small,
+    or sensitive.
     """
-    if x.dim() < 2 or x.size(1) < 32:                           # small, or sensitive
+    if x.dim() < 2 or x.size(1) < 32:
         return {"float32": in_base64(x)}, x
     scale = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
     numbers = torch.round(x / scale).to(torch.int8)
@@ -94,8 +94,8 @@ def live_model(folder):
     ValueError, too, if the page cannot run it.
     """
     ckpt, args, star, model = load_checkpoint(folder)
-    if args.model not in MODELS or args.reverse or args.only_first_hop:
-        raise ValueError(f"{folder} is not of a model that writes the path from start to goal")
+    if args.model not in ("gpt", "mamba") or args.reverse or args.only_first_hop:
+        raise ValueError(f"the page cannot run the model of {folder}")
     graphs = unseen_graphs(N_JUDGED, 0, ckpt, args)
 
     def accuracy():
@@ -120,8 +120,8 @@ def live_model(folder):
         "model": args.model,
         "title": f"{log.model}, {log.objective}",
         "objective": log.objective,
-        "about": f"Seed {log.config['seed']} below; right in {100 * after:.1f} % of {N_JUDGED:,} new "
-        "graphs.",
+        "about": f"The run with seed {log.config['seed']} below. Right in {100 * after:.1f} % of "
+        f"{N_JUDGED:,} new graphs.",
         "accuracy": {"float32": before, "int8": after},
         "command": f"{log.command} --seed {log.config['seed']}",
         "commit": log.header["commit"],
@@ -135,16 +135,9 @@ def live_model(folder):
 
 
 def page(logs, folder, live_models=()):
-    """The page for these logs, {name: Log}, and models, as text, to lie in a folder.
-
-    It opens with the runs FIRST_SHOWN, or with the first and the last.
-    """
+    """The page for these logs, {name: Log}, and models, as text, to lie in a folder."""
     runs = {name: run_for_page(log) for name, log in logs.items()}
-    first_shown = FIRST_SHOWN
-    if not set(FIRST_SHOWN) <= set(runs):
-        first_shown = [list(runs)[0], list(runs)[-1]]
-    data = {"first_shown": first_shown, "runs": runs, "live": list(live_models)}
-    data = json.dumps(data, separators=(",", ":"))
+    data = json.dumps({"runs": runs, "live": list(live_models)}, separators=(",", ":"))
     text = (HERE / "explore_template.html").read_text()
     text = text.replace("PATH_OF_README", os.path.relpath(HERE.parent / "README.md", folder))
     return text.replace("/* the runs */", data.replace("</", "<\\/"))  # no end of the script
@@ -185,8 +178,6 @@ def main():
             logs = recorded_logs()
             live_models = json.loads(LIVE_MODELS.read_text())
             out = HERE / "explore.html"
-        if not logs:
-            raise ValueError("there is no log in results/logs/default")
         text = page(logs, out.parent, live_models)
         out.write_text(text)
     except (OSError, ValueError) as error:

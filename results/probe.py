@@ -13,7 +13,7 @@
    the layers, the residual stream is exchanged for that of another graph. The cell is the share of
    1,000 random graphs in which a node is still right.
 3. How many paths are right if the layers run more or less often than in training, on paths of this
-   length and of smaller ones? On 1,000 random graphs, with as many arms and names as in training.
+   length and on shorter ones? On 1,000 random graphs, with as many arms and names as in training.
 """
 import argparse
 import sys

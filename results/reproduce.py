@@ -8,7 +8,8 @@
 
 The name of a run is that of its log in results/logs. A record has its command in its first line;
 new runs have theirs in a file, with lines NAME: python train.py ... Runs go to out/reproduce/NAME,
-and go on where they were interrupted. A run in cures/X/ is made in a copy of the code, in
+and go on where they were interrupted. One that is finished there is only compared: delete its
+folder to make it again. A run in cures/X/ is made in a copy of the code, in
 out/patched/X, with results/cures/X.patch if there is one. So is a run in exercises/X/. All figures
 but times are compared. A run with --init_from needs the run that this names to be made before.
 
@@ -113,8 +114,8 @@ def is_finished(name, flags):
     return log.end["iter"] == log.config["max_iters"] or log.end["accuracy"] >= STOP_AT
 
 
-def make(name, flags, code, screen):
-    """Trains to the end of a run. With `screen`, its output goes to a file -> whether it worked"""
+def make(name, flags, code, to_file):
+    """Trains a run to its end -> whether it worked. With `to_file` it prints to screen.txt."""
     if is_finished(name, flags):
         return True
     folder = OUT / name
@@ -123,7 +124,7 @@ def make(name, flags, code, screen):
         command += ["--resume", str(folder)]
     else:
         command += [*flags, "--out_dir", str(folder)]
-    if not screen:
+    if not to_file:
         print(f"{name}: python train.py {shlex.join(flags)}", flush=True)
         return subprocess.run(command, cwd=PROJECT).returncode == 0
     (PROJECT / folder).mkdir(parents=True, exist_ok=True)
@@ -207,7 +208,7 @@ def main():
     failed = []
     with ThreadPoolExecutor(args.at_once) as pool:
         def start(name):
-            return make(name, runs[name], codes[name], screen=args.at_once > 1)
+            return make(name, runs[name], codes[name], to_file=args.at_once > 1)
 
         for name, worked in zip(runs, pool.map(start, runs)):
             if worked:

@@ -46,7 +46,7 @@ def default_model(name, star):
 
 
 def take_turns(calls, seconds):
-    """Calls the functions in turn, for about as many seconds -> {name: median milliseconds}"""
+    """Calls the functions in turn, for so many seconds in all -> {name: median milliseconds}"""
     def timed(call):
         start = time.perf_counter()
         call()
@@ -289,7 +289,8 @@ def gpt_steps(checkout):
         size = {name: train.DEFAULTS["gpt"][name] for name in ("n_layer", "n_head", "n_embd")}
         size["n_layer"] *= train.DEFAULTS["gpt"]["n_loop"]
         with contextlib.redirect_stdout(io.StringIO()):         # it prints its size
-            model = nanogpt.GPT(nanogpt.GPTConfig(31, STAR.vocab_size, **size, dropout=0.0))
+            config = nanogpt.GPTConfig(idx.size(1), STAR.vocab_size, **size, dropout=0.0)
+            model = nanogpt.GPT(config)
         steps["nanoGPT"] = training_step(model, get_logits, targets)
     return steps
 

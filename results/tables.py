@@ -1,14 +1,12 @@
 """Fills the tables of the pages from the logs.
 
-    python results/tables.py             rewrites the pages
-    python results/tables.py --check     only says which page is not up to date
+    python results/tables.py
 
 A table stands between <!-- table NAME --> and <!-- end of table -->. All other text is left alone.
 The other scripts read logs with `read_log` and `read_logs` of this file.
 """
 import argparse
 import json
-import os
 import re
 import shlex
 import statistics
@@ -73,8 +71,9 @@ class Log:
 
     @property
     def objective(self):
-        if self.file.parent.parent.name == "cures" and self.file.parent.name in PATCHES:
-            return self.file.parent.name.replace("_", " ")
+        for patch in PATCHES:
+            if f"/cures/{patch}/" in self.file.as_posix():
+                return patch.replace("_", " ")
         if self.config["only_first_hop"]:
             return "first hop only"
         if self.config["reverse"]:
@@ -113,9 +112,9 @@ def read_log(file):
     return log
 
 
-def read_logs(folder, logs=LOGS):
+def read_logs(folder):
     """The logs in a folder of results/logs, sorted by their paths."""
-    return [read_log(file) for file in sorted((logs / folder).rglob("*.jsonl"))]
+    return [read_log(file) for file in sorted((LOGS / folder).rglob("*.jsonl"))]
 
 
 def groups(logs, key):
@@ -163,24 +162,24 @@ def hops(logs):
     return ", ".join(f"{100 * statistics.mean(hop):.0f}" for hop in shares) + " %"
 
 
-# ---- The tables. Each gets the folder of the logs, and returns its text
+# ---- The tables, as text
 
 
-def default_runs(logs):
+def default_runs():
     """-> the runs of each kind, as lists"""
     def kind(log):
         return log.config["model"], OBJECTIVES.index(log.objective)
 
-    return groups(read_logs("default", logs), kind).values()
+    return groups(read_logs("default"), kind).values()
 
 
-def default_table(logs):
+def default_table():
     columns = [
         "command", "solved, seeds 0-4", "solved, seeds 5-9", "paths right", "forced: later nodes",
         "steps until it stopped",
     ]
     rows = []
-    for runs in default_runs(logs):
+    for runs in default_runs():
         tuned = [run for run in runs if run.config["seed"] < 5]  # the settings were chosen on them
         fresh = [run for run in runs if run.config["seed"] >= 5]
         later_nodes = "-"
@@ -193,9 +192,9 @@ def default_table(logs):
     return markdown(columns, rows)
 
 
-def goal_table(logs):
+def goal_table():
     rows = []
-    for runs in default_runs(logs):
+    for runs in default_runs():
         turns = percent([run.end["goal_moved"]["turns"] for run in runs])
         stays = percent([run.end["goal_moved"]["stays"] for run in runs])
         rows.append([runs[0].model, runs[0].objective, len(runs), turns, stays])
@@ -203,16 +202,16 @@ def goal_table(logs):
     return markdown(columns, rows)
 
 
-def long_table(logs):
+def long_table():
     columns = ["command", "seed", "first hop right", "steps"]
     rows = []
-    for run in read_logs("long", logs):
+    for run in read_logs("long"):
         first_hop = percent([run.end["node_accuracy"][1]])
         rows.append([f"`{run.command}`", run.config["seed"], first_hop, steps([run])])
     return markdown(columns, rows)
 
 
-def loops_table(logs):
+def loops_table():
     """Teacherless runs on the default graph."""
     def kind(log):
         config = log.config
@@ -222,25 +221,25 @@ def loops_table(logs):
         "model", "layers x loops", "A_init", "solved", "paths right", "hops 1, 2, 3",
         "examples until solved", "steps at most",
     ]
-    looped = read_logs("loops", logs)
-    looped += [log for log in read_logs("default", logs) if log.objective == "teacherless"]
+    looped = read_logs("loops")
+    looped += [log for log in read_logs("default") if log.objective == "teacherless"]
     rows = []
     for (_, n_layer, n_loop, A_init), runs in groups(looped, kind).items():
         rows.append([
             runs[0].model, f"{n_layer} x {n_loop}", A_init or "-", solved(runs),
-            paths_right(runs), hops(runs), examples_until_solved(runs) or "-",
+            paths_right(runs), hops(runs), examples_until_solved(runs),
             f"{runs[0].config['max_iters']:,}",
         ])
     return markdown(columns, rows)
 
 
-def graphs_table(logs):
+def graphs_table():
     def kind(log):
         config = log.config
         return config["deg"], config["path_len"], config["num_nodes"], log.command
 
     columns = ["graph", "command", "solved", "paths right", "hops 1, 2, ... at the end", "steps"]
-    from_scratch = [log for log in read_logs("graphs", logs) if log.before is None]
+    from_scratch = [log for log in read_logs("graphs") if log.before is None]
     rows = []
     for runs in groups(from_scratch, kind).values():
         command = f"`{runs[0].command}`"
@@ -250,8 +249,8 @@ def graphs_table(logs):
     return markdown(columns, rows)
 
 
-def stages_table(logs):
-    """Runs that began with the weights of a run on another graph."""
+def stages_table():
+    """Runs that began with the weights of another run."""
     def kind(log):
         config, other = log.config, log.before.config
         return (
@@ -263,7 +262,7 @@ def stages_table(logs):
         "model", "d_state", "objective", "graph", "begins with", "solved", "paths right",
         "hops 1, 2, ... at the end", "steps",
     ]
-    later = [log for log in read_logs("graphs", logs) if log.before is not None]
+    later = [log for log in read_logs("graphs") if log.before is not None]
     rows = []
     for runs in groups(later, kind).values():
         first = runs[0]
@@ -275,20 +274,20 @@ def stages_table(logs):
     return markdown(columns, rows)
 
 
-def cure_runs(logs=LOGS):
+def cure_runs():
     """-> {(graph, model, place of the objective in CURES): runs}, from scratch
 
     Beside the runs in cures/ these are teacherless and teacher-forced ones on the same graphs.
     Teacher-forced default runs are left out, since those in long/ took more steps.
     """
-    runs = read_logs("cures", logs)
+    runs = read_logs("cures")
     graphs = {log.graph for log in runs}
     for folder, objectives in (
         ("default", ["teacherless"]),
         ("long", ["teacher-forced"]),
         ("graphs", ["teacherless", "teacher-forced"]),
     ):
-        for log in read_logs(folder, logs):
+        for log in read_logs(folder):
             if log.objective in objectives and log.graph in graphs and log.before is None:
                 runs.append(log)
 
@@ -299,32 +298,32 @@ def cure_runs(logs=LOGS):
 
 
 def examples_until_solved(runs):
-    """The median in thousands, of those that were solved, or None."""
+    """The median in thousands, of those that were solved."""
     examples = [run.solved_line["examples"] / 1000 for run in runs if run.solved_line]
-    return f"{statistics.median(examples):.0f}k" if examples else None
+    return f"{statistics.median(examples):.0f}k" if examples else "-"
 
 
-def cures_table(logs):
+def cures_table():
     columns = [
         "graph", "model", "objective", "solved", "paths right", "examples until solved",
         "examples at most",
     ]
     rows = []
-    for runs in cure_runs(logs).values():
+    for runs in cure_runs().values():
         at_most = [run.config["max_iters"] * run.config["batch_size"] / 1000 for run in runs]
         rows.append([
             runs[0].graph, runs[0].model, runs[0].objective, solved(runs), paths_right(runs),
-            examples_until_solved(runs) or "-", spread(at_most, "{:.0f}", "k"),
+            examples_until_solved(runs), spread(at_most, "{:.0f}", "k"),
         ])
     return markdown(columns, rows)
 
 
-def runs_table(logs):
+def runs_table():
     """Every run."""
     columns = ["log", "seed", "paths right", "at step", "minutes", "commit", "machine"]
     rows = []
-    for log in read_logs("", logs):
-        name = log.file.relative_to(logs).as_posix()
+    for log in read_logs(""):
+        name = log.file.relative_to(LOGS).as_posix()
         machine = "{machine}, Python {versions[python]}, torch {versions[torch]}"
         rows.append([
             f"[{name}](logs/{name})", log.config["seed"], f"{100 * log.end['accuracy']:.1f} %",
@@ -343,12 +342,12 @@ TABLES = {
 # ---- Pages
 
 
-def filled(text, logs=LOGS):
+def filled(text):
     """The text of a page, with its tables made anew. Raises ValueError for a wrong marker."""
     def table(match):
         if match[1] not in TABLES:
             raise ValueError(f"there is no table {match[1]}, only {', '.join(TABLES)}")
-        return f"<!-- table {match[1]} -->\n{TABLES[match[1]](logs)}<!-- end of table -->"
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}<!-- end of table -->"
 
     pattern = r"<!-- table (\w+) -->\n(?:(?!<!-- ).*\n)*<!-- end of table -->"
     new, n = re.subn(pattern, table, text)
@@ -358,24 +357,9 @@ def filled(text, logs=LOGS):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("pages", nargs="*", type=Path, default=PAGES, help="all by default")
-    parser.add_argument("--check", action="store_true", help="change nothing")
-    args = parser.parse_args()
-    outdated = 0
-    for page in args.pages:
-        try:
-            text = page.read_text()
-            new = filled(text)
-        except (OSError, ValueError) as error:
-            sys.exit(f"{os.path.relpath(page)}: {error}")
-        if new != text:
-            outdated += 1
-            print(os.path.relpath(page), "is not up to date" if args.check else "is new")
-            if not args.check:
-                page.write_text(new)
-    if args.check and outdated:
-        sys.exit(1)
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
 
 
 if __name__ == "__main__":
