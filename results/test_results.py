@@ -181,7 +181,9 @@ def test_runs_are_made_recorded_and_made_again(project, capfd):
         assert "iter     6" in (out / name / "screen.txt").read_text()
         record = tables.read_log(project / "logs" / f"{name}.jsonl")
         assert record.end["iter"] == 6 and record.config["seed"] == 3
-    weights = torch.load(out / "cures" / "look_ahead" / "b" / "ckpt.pt")["model"]
+    cure = out / "cures" / "look_ahead" / "b"
+    assert tables.read_log(cure / "log.jsonl").objective == "look ahead"
+    weights = torch.load(cure / "ckpt.pt")["model"]
     assert any(name.startswith("heads.") for name in weights)
 
     shutil.rmtree(out)                                          # made again, from the records
