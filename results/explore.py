@@ -144,9 +144,9 @@ def page(logs, folder, live_models=()):
 
 
 def recorded_logs():
-    """-> {name: Log} of default runs, seeds 0 and 1, other graphs, 0 and 2, and cures, 0"""
+    """-> {name: Log} of default runs with seeds 0 and 1, and of other graphs and cures, seed 0"""
     logs = {}
-    for pattern in ("default/*-seed[01]", "graphs/*-seed[02]", "cures/*/*-seed0"):
+    for pattern in ("default/*-seed[01]", "graphs/*-seed0", "cures/*/*-seed0"):
         for file in sorted(LOGS.glob(pattern + ".jsonl")):
             logs["-".join(file.relative_to(LOGS).with_suffix("").parts[1:])] = read_log(file)
     return logs
