@@ -85,7 +85,7 @@ class MambaBlock(nn.Module):
         self.D = nn.Parameter(torch.ones(d_inner))
         self.A_log._no_weight_decay = True
 
-        # The bias is softplus^-1 of what is log-uniform between dt_min and dt_max.
+        # softplus(bias) is log-uniform between dt_min and dt_max.
         bound = config.dt_rank ** -0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         log_min, log_max = math.log(config.dt_min), math.log(config.dt_max)

@@ -455,7 +455,7 @@ def test_a_cache_or_state_equals_the_full_pass(name):
 @pytest.mark.parametrize("batch, length", [(2, 9), (40, 9), (3, 1), (3, 2), (3, 31)])
 def test_gradients_of_single_examples(name, batch, length):
     """torch.func gives them all at once. One by one they are the same."""
-    model, idx = small(name, STAR), tokens(batch, length)
+    model, idx = small(name), tokens(batch, length)
     weights = dict(model.named_parameters())
 
     def loss_of(weights, example):

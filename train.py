@@ -569,7 +569,7 @@ def make_parser():
     add = parser.add_argument_group("optimization").add_argument
     add("--batch_size", type=positive_int, help="examples in a step")
     add("--max_iters", type=positive_int, help="maximum number of steps")
-    add("--lr", type=positive_float, help="learning rate, the highest")
+    add("--lr", type=positive_float, help="highest learning rate")
     add("--decay_frac", type=positive_float,
         help="the part of the run, at its end, in which the learning rate falls to 0")
     add("--weight_decay", type=bounded(float, 0), default=0.01, help="AdamW's (%(default)s)")

@@ -72,7 +72,7 @@ class Log:
     @property
     def objective(self):
         for patch in PATCHES:
-            if f"/cures/{patch}/" in self.file.as_posix():
+            if patch in self.file.parts:                        # cures/PATCH/...
                 return patch.replace("_", " ")
         if self.config["only_first_hop"]:
             return "first hop only"
@@ -255,7 +255,7 @@ def stages_table():
         config, other = log.config, log.before.config
         return (
             config["model"], config["reverse"], config["d_state"] or 0,
-            config["deg"], config["path_len"], other["deg"], other["path_len"],
+            config["deg"], config["path_len"], other["deg"], other["path_len"], config["max_iters"],
         )
 
     columns = [
@@ -275,10 +275,10 @@ def stages_table():
 
 
 def cure_runs():
-    """-> {(graph, model, place of the objective in CURES): runs}, from scratch
+    """-> {(graph, model, place of the objective in CURES): runs}
 
-    Beside the runs in cures/ these are teacherless and teacher-forced ones on the same graphs.
-    Teacher-forced default runs are left out, since those in long/ took more steps.
+    Beside the runs in cures/ these are teacherless and teacher-forced ones on the same graphs, from
+    scratch. Teacher-forced default runs are left out, since those in long/ took more steps.
     """
     runs = read_logs("cures")
     graphs = {log.graph for log in runs}

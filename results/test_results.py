@@ -104,6 +104,8 @@ def test_tables_count_right(tmp_path, monkeypatch):
         "Transformer", "-", "teacher-forced", "G(3,5), 13 names", "G(2,5)", "1 of 2",
         "50.0 % (0.0 - 100.0)", "50, 25, 50 %", "100",
     ]]
+    before = dict(teacherless=True, init_from="out/reproduce/graphs/0")
+    write_log(tmp_path / "graphs" / "4.jsonl", 0, [0, 0.5], **before)  # not from scratch
     write_log(tmp_path / "long" / "c.jsonl", 1, [0, 0.5])
     assert cells(tables.long_table()) == [["`python train.py`", "1", "50.0 %", "100"]]
     assert cells(tables.cures_table()) == [
@@ -112,7 +114,7 @@ def test_tables_count_right(tmp_path, monkeypatch):
         ["G(2,5), 10 names", "Transformer", "look ahead", *ends, "26k", "96k"],
     ]
     runs = cells(tables.runs_table())
-    assert len(runs) == 11
+    assert len(runs) == 12
     machine = "m, Python 3, torch 2"
     link = "[default/b.jsonl](logs/default/b.jsonl)"
     assert [link, "5", "100.0 %", "300", "3.0", "abc", machine] in runs
