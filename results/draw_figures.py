@@ -123,7 +123,7 @@ def draw_graphs():
         (arms_ax, "arms, five nodes"),
     ):
         ax.set_xlabel(label)
-        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         ax.margins(x=0.1)
         ax.set_yscale("log")
         ax.set_ylim(1e4, 1e6)
