@@ -1108,6 +1108,17 @@ print(tuple(selective_scan(u, u, A, B, B).shape))
 # ---- train.py: four ways to train
 
 
+@our_models
+def test_sizes_reach_the_model(name):
+    sizes = {"n_layer": 3, "n_loop": 5, "n_embd": 24, "n_head": 2, "d_state": 7, "A_init": 0.5}
+    sizes = {size: value for size, value in sizes.items() if size in train.DEFAULTS[name]}
+    flags = itertools.chain(*[(f"--{size}", value) for size, value in sizes.items()])
+    config = vars(train.build_model(settings("--model", name, *flags), SMALL_STAR).config)
+    config["n_embd"] = config.get("d_model", config.get("n_embd"))
+    assert config | sizes == config
+    assert config["vocab_size"] == SMALL_STAR.vocab_size
+
+
 @pytest.mark.parametrize("way, reads, predicts", [
     ((), [7, 3], [7, 3, 9]),
     (("--teacherless",), [13, 13], [7, 3, 9]),
