@@ -103,11 +103,11 @@ def predict(args, star, model, prefixes, solutions):
     Answers are written token by token, or all at once from $ (teacherless). Teacherless training
     has no forced phase, so its predictions are None. The loss is that of training, in nats a token.
     """
-    answers, forced, losses = [], [], []
+    answers, forced, total_loss = [], [], 0.0
     for prefix, solution in zip(prefixes.split(EVAL_BATCH), solutions.split(EVAL_BATCH)):
         logits, loss = model(*inputs_and_targets(star, prefix, solution, args.teacherless))
         predicted = logits[:, -solution.size(1):].argmax(dim=2)
-        losses.append(loss.item() * len(prefix))
+        total_loss += loss.item() * len(prefix)
         if args.teacherless:
             answers.append(predicted)
         else:
@@ -115,7 +115,7 @@ def predict(args, star, model, prefixes, solutions):
             answers.append(model.generate(prefix, solution.size(1))[:, prefix.size(1):])
     answers = flip_if_reversed(args, torch.cat(answers))
     forced = flip_if_reversed(args, torch.cat(forced)) if forced else None
-    return answers, forced, sum(losses) / len(prefixes)
+    return answers, forced, total_loss / len(prefixes)
 
 
 def evaluate(args, star, model, prefixes, paths):
@@ -232,17 +232,12 @@ def build_model(args, star):
 
 def make_optimizer(model, args):
     """AdamW. Weight decay is on weights of two or more dimensions, but not on Mamba's A_log."""
-    decayed, others = [], []
+    decayed = {"params": [], "weight_decay": args.weight_decay}
+    others = {"params": [], "weight_decay": 0.0}
     for name, p in model.named_parameters():
-        if p.dim() >= 2 and not name.endswith("A_log"):
-            decayed.append(p)
-        else:
-            others.append(p)
-    groups = [
-        {"params": decayed, "weight_decay": args.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=args.lr, fused=decayed[0].is_cuda)
+        group = decayed if p.dim() >= 2 and not name.endswith("A_log") else others
+        group["params"].append(p)
+    return torch.optim.AdamW([decayed, others], lr=args.lr, fused=args.device == "cuda")
 
 
 def learning_rate(args, step):
@@ -271,16 +266,13 @@ def make_header(args, test_set):
     machine = f"{platform.system()}, {cpu}, {instructions}, {torch.get_num_threads()} threads"
     if args.device == "cuda":
         machine += f", {torch.cuda.get_device_name()}"
+    python, pytorch = platform.python_version(), str(torch.__version__)
     graphs = zip(test_set[0][:N_SAMPLES].tolist(), test_set[1][:N_SAMPLES].tolist())
     return {
         "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
         "config": config,
         "graphs": [to_text(prefix, path) for prefix, path in graphs],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "numpy": np.__version__,
-        },
+        "versions": {"python": python, "torch": pytorch, "numpy": np.__version__},
         "machine": machine,
     }
 
@@ -291,27 +283,24 @@ def save(out_dir, model, optimizer, header, lines):
     Each file is first written beside the old one and then takes its place, so there is a whole
     checkpoint at every moment.
     """
-    ckpt = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    ckpt.update(header=header, lines=lines)
-    ckpt_path = os.path.join(out_dir, "ckpt.pt")
-    log_path = os.path.join(out_dir, "log.jsonl")
-    torch.save(ckpt, ckpt_path + ".tmp")
-    os.replace(ckpt_path + ".tmp", ckpt_path)
-    with open(log_path + ".tmp", "w") as file:
+    ckpt = {"header": header, "lines": lines}
+    ckpt.update(model=model.state_dict(), optimizer=optimizer.state_dict())
+    path = os.path.join(out_dir, "ckpt.pt")
+    torch.save(ckpt, path + ".tmp")
+    os.replace(path + ".tmp", path)
+    path = os.path.join(out_dir, "log.jsonl")
+    with open(path + ".tmp", "w") as file:
         for line in (header, *lines):
-            print(json.dumps(line, allow_nan=False), file=file)
-    os.replace(log_path + ".tmp", log_path)
+            print(json.dumps(line), file=file)
+    os.replace(path + ".tmp", path)
 
 
 def load_checkpoint(out_dir):
     """-> the checkpoint of a run, a dict; its settings; its PathStar; its model, on the CPU
 
-    Raises ValueError if there is none in the folder, or if it is not one of this version of
-    train.py. No code in the file is run.
+    Raises ValueError if there is none of this version of train.py. No code in the file is run.
     """
     path = os.path.join(out_dir, "ckpt.pt")
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no ckpt.pt in {out_dir}")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         args = argparse.Namespace(**ckpt["header"]["config"])
@@ -341,11 +330,10 @@ def start_from(model, args):
     another seed: then its training graphs might be among the test graphs.
     """
     _, other, _, other_model = load_checkpoint(args.init_from)
-    same = ["model", "n_layer", "n_embd", "n_head", "d_state", "A_init", "num_nodes"]
-    same += ["seed", "n_test"]
+    same = "model n_layer n_embd n_head d_state A_init num_nodes seed n_test"
     if args.model == "gpt":
-        same += ["deg", "path_len"]  # it has a weight for each position
-    for name in same:
+        same += " deg path_len"  # it has a weight for each position
+    for name in same.split():
         here, there = getattr(args, name), getattr(other, name)
         if here != there:
             raise ValueError(f"--init_from: that run has {name} {there}, not {here}")
