@@ -155,18 +155,20 @@ NUM_WARPS = 1     # of a program
 if triton is not None:
     LOG2_E = tl.constexpr(1.4426950408889634)  # a GPU computes powers of 2: e^x = 2^(x log2(e))
 
-    # Each program works on one sequence and BLOCK_D of its channels. A state is a tile
-    # (BLOCK_N, BLOCK_D), x_t and dt_t are (1, BLOCK_D), B_t and C_t (BLOCK_N, 1). All tensors are
-    # contiguous. td, tn and nd are offsets of such tiles, with 64 bits.
+    # A kernel is run by many programs at once. Each works on one sequence and BLOCK_D of its
+    # channels. A state is a tile (BLOCK_N, BLOCK_D), x_t and dt_t are (1, BLOCK_D), B_t and C_t
+    # (BLOCK_N, 1). td, tn and nd are the offsets of such tiles in memory, with 64 bits. What lies
+    # beyond the edges is read as 0, which is safe: where dt and x are 0, a is 1, so that a state
+    # stays as it is.
     #
-    # The kernels do not specialize `dim`. If the compiler knew that dim is a multiple of 16, it
-    # would spread the states of one channel over several threads. Each sum over n would then need
-    # shuffles between threads.
+    # The kernels do not specialize `dim`, because the compiler, if it knew that dim is a multiple
+    # of 16, would spread the states of one channel over several threads. Each sum over n would then
+    # need shuffles between threads.
 
     @triton.jit(do_not_specialize=["dim"])
     def forward_kernel(
         x, dt, A, B, C, initial_state,
-        y, last_state, chunk_states,                            # chunk_states may be None
+        y, last_state, chunk_states,
         dim, seqlen, dstate,
         CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     ):
@@ -181,10 +183,9 @@ if triton is not None:
         A_nd = tl.load(A + nd, in_nd, 0.0)
         h = tl.load(initial_state + b * dstate * dim + nd, in_nd, 0.0)
         for t in range(seqlen):
-            if chunk_states is not None:
-                if t % CHUNK == 0:
-                    chunk = b * tl.cdiv(seqlen, CHUNK) + t // CHUNK
-                    tl.store(chunk_states + chunk * dstate * dim + nd, h, in_nd)
+            if t % CHUNK == 0:
+                chunk = b * tl.cdiv(seqlen, CHUNK) + t // CHUNK
+                tl.store(chunk_states + chunk * dstate * dim + nd, h, in_nd)
             td = (b * seqlen + t) * dim + d
             tn = (b * seqlen + t) * dstate + n
             x_t = tl.load(x + td, in_d, 0.0)
@@ -202,7 +203,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["dim"])
     def backward_kernel(
-        x, dt, A, B, C, chunk_states, dy, dlast_state,          # dlast_state may be None
+        x, dt, A, B, C, chunk_states, dy, dlast_state,
         dx, ddt, dA, dB, dC, dinitial_state,
         dim, seqlen, dstate,
         CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -217,9 +218,7 @@ if triton is not None:
         nd = n * dim + d
 
         A_nd = tl.load(A + nd, in_nd, 0.0)
-        ag = tl.zeros((BLOCK_N, BLOCK_D), A_nd.dtype)           # a_{t+1} g_{t+1}
-        if dlast_state is not None:
-            ag = tl.load(dlast_state + b * dstate * dim + nd, in_nd, 0.0)
+        ag = tl.load(dlast_state + b * dstate * dim + nd, in_nd, 0.0)   # a_{t+1} g_{t+1}
         dA_sum = tl.zeros((BLOCK_N, BLOCK_D), A_nd.dtype)
 
         chunks = tl.cdiv(seqlen, CHUNK)
