@@ -35,30 +35,28 @@ def unseen_graphs(n, seed, args, star):
     return draw_unseen(star, n, np.random.default_rng([seed, 4]), seen)
 
 
-def graphs_from_text(star, lines, source):
-    """Raises ValueError, with the number of the line, for one that is no such graph."""
+def get_graphs(flags, args, star):
+    """The graphs that the flags ask for -> prefixes (n, prefix_len), paths (n, path_len)
+
+    Raises ValueError, with the number of the line, for text that is no such graph.
+    """
+    if flags.graph is not None:
+        source, lines = "--graph", [flags.graph]
+    elif flags.file is not None:
+        with open(flags.file, encoding="utf-8-sig") as file:
+            source, lines = flags.file, file.readlines()
+    else:
+        return unseen_graphs(flags.num_graphs, flags.seed, args, star)
     graphs = []
     for number, line in enumerate(lines, start=1):
         try:
-            if line.strip():
-                graphs.append(from_text(star, line))
+            graphs.append(from_text(star, line))
         except ValueError as error:
             raise ValueError(f"{source}, line {number}: {error}") from None
     if not graphs:
-        raise ValueError(f"{source} has no graph")
-    prefixes, paths = zip(*graphs)
+        raise ValueError(f"{source} is empty")
+    prefixes, paths = zip(*graphs[:flags.num_graphs])
     return np.array(prefixes), np.array(paths)
-
-
-def get_graphs(flags, args, star):
-    """The graphs that the flags ask for -> prefixes (n, prefix_len), paths (n, path_len)"""
-    if flags.graph is not None:
-        return graphs_from_text(star, [flags.graph], "--graph")
-    if flags.file is None:
-        return unseen_graphs(flags.num_graphs, flags.seed, args, star)
-    with open(flags.file, encoding="utf-8-sig") as file:
-        prefixes, paths = graphs_from_text(star, file, flags.file)
-    return prefixes[:flags.num_graphs], paths[:flags.num_graphs]
 
 
 def ask_pass_by_pass(args, star, model, prefixes, paths):
