@@ -87,7 +87,6 @@ def by_state(B):
 # memory in each of them took up to twice as long.
 
 
-@torch.no_grad()  # as autograd does around a Function, but for torch.export
 def cpu_forward(x, dt, A, B, C, initial_state):
     """-> y, the last state, and the state before each chunk"""
     batch, seqlen, dim = x.shape
