@@ -328,8 +328,20 @@ class Scan(torch.autograd.Function):
         return backward(*ctx.saved_tensors, dy.contiguous(), dlast_state.contiguous())
 
 
+def exportable(x, dt, A, B, C, initial_state):
+    """-> y and the last state, in steps that autograd knows, as a program of torch.export needs"""
+    h = initial_state
+    y = []
+    for t in range(x.shape[1]):
+        h = torch.exp(dt[:, t, None] * A) * h + B[:, t, :, None] * x[:, t, None]
+        y.append((C[:, t, :, None] * h).sum(1))
+    return torch.stack(y, dim=1), h
+
+
 @torch._disable_dynamo  # torch.compiler.disable, without importing the compiler before its use
 def scan(x, dt, A, B, C, initial_state):
+    if torch.compiler.is_exporting():
+        return exportable(x, dt, A, B, C, initial_state)
     return Scan.apply(x, dt, A, B, C, initial_state)
 
 
