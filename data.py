@@ -1,9 +1,9 @@
 """The path-star task (Bachmann & Nagarajan 2024, arXiv 2403.06963, figure 1).
 
 A path-star graph G(deg, path_len) has a start node with `deg` arms. An arm is a path of `path_len`
-nodes from the start, which they share, to an end. The nodes have different names, drawn from 0 .. num_nodes - 1. The last
-node of one arm is the goal. The task: given the edges in random order, the start and the goal,
-write the path from start to goal.
+nodes from the start, which they share, to an end. The nodes have different names, drawn from 0 ..
+num_nodes - 1. The last node of one arm is the goal. The task: given the edges in random order, the
+start and the goal, write the path from start to goal.
 
 As text, one graph a line:  32,3|16,12|3,19|32,34|34,6|6,16|19,47|47,28/32,12=32,34,6,16,12
 

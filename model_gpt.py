@@ -8,11 +8,11 @@ al. 2018, arXiv 1807.03819; Saunshi et al. 2025, arXiv 2502.17416). Each time is
 task of equal steps suits such a model, because it can use in every pass what the blocks learned for
 one step.
 
-Parameters have the names and shapes of nanoGPT, so GPT-2's weights load with `strict=True` once
-its Conv1D matrices are transposed. (A file without lm_head.weight, as `save_pretrained` writes it,
-needs a copy of transformer.wte.weight under that name.) There is no dropout. The GELU is exact, as in
-nanoGPT. GPT-2 approximates it by a tanh, which is slow on a CPU; with `approximate="tanh"` the MLP
-computes GPT-2's. The weights with which training starts differ from GPT-2's in three ways:
+Parameters have the names and shapes of nanoGPT, so GPT-2's weights load with `strict=True` once its
+Conv1D matrices are transposed. (A file without lm_head.weight, as `save_pretrained` writes it,
+needs a copy of transformer.wte.weight under that name.) There is no dropout. The GELU is exact, as
+in nanoGPT. GPT-2 approximates it by a tanh, which is slow on a CPU; with `approximate="tanh"` the
+MLP computes GPT-2's. The weights with which training starts differ from GPT-2's in three ways:
 - The table of positions begins as sinusoids, not as noise, and larger than the other weights, so
   that attention to "the token one to the left" is easy to express.
 - The matrices begin larger in a narrow model. At GPT-2's width they begin as GPT-2's do.
@@ -118,8 +118,8 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd),
         ))
-        # The embedding is the output matrix, too. lm_head is its second name in GPT-2's files. It is
-        # registered first, so that loading ends with the embedding, the one that is used.
+        # The embedding is the output matrix, too. lm_head is its second name in GPT-2's files. It
+        # is registered first, so that loading ends with the embedding, the one that is used.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = transformer.wte.weight
         self.transformer = transformer

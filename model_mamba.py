@@ -9,12 +9,12 @@ much of them to forget, what to write and what to read.
     u -> x_proj -> dt_low, B, C     dt_low -> dt_proj -> delta
     scan(u, delta, A, B, C), times silu(z) -> out_proj -> added to x
 
-On a list of edges `4,9|9,7|...` the convolution joins the two ends of an edge, because it hands each
-token its left neighbour. So the token 7 of the edge `9,7` can write 9 into the state, in a direction
-that depends on 7. A later token that knows 7 can read 9 there: it asks for the edge by its head. All
-dummies `$` are the same token. The first convolution can tell apart only the first three, which have
-`=` in their window. From the fourth on a model needs the state, or later passes; how ours do it was
-not measured.
+On a list of edges `4,9|9,7|...` the convolution joins the two ends of an edge, because it hands
+each token its left neighbour. So the token 7 of the edge `9,7` can write 9 into the state, in a
+direction that depends on 7. A later token that knows 7 can read 9 there: it asks for the edge by
+its head. All dummies `$` are the same token. The first convolution can tell apart only the first
+three, which have `=` in their window. From the fourth on a model needs the state, or later passes;
+how ours do it was not measured.
 
 name          in the paper
 L             sequence length. In shapes B is the batch; in the code B and C are the scan's
@@ -63,7 +63,8 @@ class MambaConfig:
     d_conv: int = 4
     expand: int = 2
     dt_rank: int = 0          # 0: d_model / 16, rounded up
-    # softplus(Delta's bias) starts between these two. The slowest states fade to 1 / e in 1 / (A_init Delta) steps.
+    # softplus(Delta's bias) starts between these two. The slowest states fade to 1 / e in
+    # 1 / (A_init Delta) steps.
     dt_min: float = 0.001
     dt_max: float = 0.1
 

@@ -12,8 +12,8 @@ For each graph it prints
 - what it predicts when it is forced, that is, when it reads the true nodes before each place;
 - what it would answer after pass 1, 2, ... of its layers, if it is a looped model.
 
-Then it prints the shares of right answers, and asks one more question: when the goal moves to the end of
-another arm, and nothing else changes, does the first hop follow it?
+Then it prints the shares of right answers, and asks one more question: when the goal moves to the
+end of another arm, and nothing else changes, does the first hop follow it?
 """
 import argparse
 import json

@@ -5,8 +5,8 @@ with the same names: in PyTorch for a CPU, which is the easier to read, and as T
 GPU. `selective_scan`, at the end, puts the other equations around it.
 
 The equations hold for one sequence and one channel. The state h has N numbers, and so have A, B_t,
-C_t and a_t. All channels share B_t and C_t. u_t, dt_t, x_t and y_t are one number each. Products are
-elementwise, and <,> is the sum over the N numbers.
+C_t and a_t. All channels share B_t and C_t. u_t, dt_t, x_t and y_t are one number each. Products
+are elementwise, and <,> is the sum over the N numbers.
 
     dt_t = softplus(delta_t + delta_bias)   how long the token acts (Delta)
     x_t = dt_t u_t                          how much it writes, in the direction B_t
@@ -36,8 +36,9 @@ The gradient needs every h_t, but all of them together would take N times the me
 forward functions save only the state before each chunk of CHUNK steps. The backward ones take the
 chunks from right to left, and compute the states of a chunk again when they get there.
 
-These functions take and return contiguous tensors of one dtype. Channels come last, because then neighbouring channels lie side by side in memory, as the threads of a GPU and the
-vector instructions of a CPU want them:
+These functions take and return contiguous tensors of one dtype. Channels come last, because then
+neighbouring channels lie side by side in memory, as the threads of a GPU and the vector
+instructions of a CPU want them:
 
     x, dt, y        (batch, seqlen, dim)
     A               (dstate, dim)
@@ -154,11 +155,10 @@ NUM_WARPS = 1     # of a program
 if triton is not None:
     LOG2_E = tl.constexpr(1.4426950408889634)  # a GPU computes powers of 2: e^x = 2^(x log2(e))
 
-    # Many programs run a kernel at once. Each works on one sequence and BLOCK_D of its
-    # channels. A state is a tile (BLOCK_N, BLOCK_D), x_t and dt_t are (1, BLOCK_D), B_t and C_t
-    # (BLOCK_N, 1). td, tn and nd are the offsets of such tiles in memory, with 64 bits. Loads beyond
-    # the edges give 0. That is safe, because with dt = x = 0 the factor a is 1, and the state stays
-    # as it is.
+    # Many programs run a kernel at once. Each works on one sequence and BLOCK_D of its channels. A
+    # state is a tile (BLOCK_N, BLOCK_D), x_t and dt_t are (1, BLOCK_D), B_t and C_t (BLOCK_N, 1).
+    # td, tn and nd are the offsets of such tiles in memory, with 64 bits. Loads beyond the edges
+    # give 0. That is safe, because with dt = x = 0 the factor a is 1, and the state stays as it is.
     #
     # The kernels do not specialize `dim`, because the compiler, if it knew that dim is a multiple
     # of 16, would spread the states of one channel over several threads. Each sum over n would then
