@@ -1,46 +1,36 @@
 """Makes recorded runs again, and compares what comes out with the records.
 
-    python results/reproduce.py default/mamba-teacherless-seed0     one record
-    python results/reproduce.py default/ 'cures/*/gpt-deg2*'        all whose names begin so
-    python results/reproduce.py --list                              names, minutes and commands
-    python results/reproduce.py --record default/                   keeps the logs as the records
-    python results/reproduce.py --commands FILE --at_once 16        new runs, 16 at a time
+    python results/scripts/reproduce.py default/mamba-teacherless-seed0     one record
+    python results/scripts/reproduce.py default/ 'cures/*/gpt-deg2*'        all that begin so
+    python results/scripts/reproduce.py --list                              names and commands
+    python results/scripts/reproduce.py --commands FILE --record            new runs, to keep
 
-The name of a run is that of its log in results/logs. A record has its command in its first line;
-new runs have theirs in a file, with lines NAME: python train.py ... Runs go to out/reproduce/NAME,
-and go on where they were interrupted. One that is finished there is only compared: delete its
-folder to make it again. A run in cures/X/ is made in a copy of the code, in
-out/patched/X, with results/cures/X.patch if there is one. So is a run in exercises/X/. All figures
-but times are compared. A run with --init_from needs the run that this names to be made before.
+The name of a run is that of its log in results/logs. A record has its command in its first line.
+Those of new runs stand in a file with lines NAME: python train.py ...
 
-Another machine, number of threads or version of PyTorch rounds differently. A run that waits on a
-plateau then leaves it at another step.
+Runs go to out/reproduce/NAME, and go on where they were interrupted. A run in cures/X/ or
+exercises/X/ is made in a copy of the code, in out/patched/NAME, with results/patches/X.patch if
+there is one. A run with --init_from begins with the weights of another, so make that one first.
+
+All figures but times are compared. Another CPU, number of threads or version of PyTorch rounds
+differently, and a run that waits on a plateau then leaves it at another step.
 """
 import argparse
-import os
+import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-PROJECT = HERE.parent
-sys.path.insert(0, str(PROJECT))
-from data import positive_int, run_script  # noqa: E402
-from tables import LOGS, read_log  # noqa: E402
-from train import STOP_AT  # noqa: E402
+from tables import LOGS, PROJECT, RESULTS, read_log
 
 OUT = Path("out") / "reproduce"         # in the project
 
 
 # ---- Which runs
-
-
-def record_of(name):
-    return LOGS / f"{name}.jsonl"
 
 
 def recorded_flags(patterns):
@@ -52,26 +42,29 @@ def recorded_flags(patterns):
         found = found or [name for name in names if fnmatchcase(name, f"{pattern}*")]
         if not found:
             raise ValueError(f"there is no record {pattern}: --list names them")
-        for name in sorted(found):
-            log = read_log(record_of(name))
-            if "&&" in log.flags or "--resume" in log.flags:
-                raise ValueError(f"{name} was extended, one command does not make it again")
-            chosen[name] = log.flags
+        chosen |= {name: read_log(LOGS / f"{name}.jsonl").flags for name in sorted(found)}
     return chosen
 
 
 def read_commands(file):
     """-> {name: flags of train.py} of a file with lines NAME: python train.py ..."""
     runs = {}
-    for line in Path(file).read_text().splitlines():
-        name, colon, command = line.partition(":")
-        words = shlex.split(command)
-        if not line.strip():
-            continue
-        if words[:2] != ["python", "train.py"] or ".." in name or name.startswith("/"):
+    for line in filter(str.strip, Path(file).read_text().splitlines()):
+        name, _, command = line.partition(":")
+        if not command.startswith(" python train.py") or ".." in name or name.startswith("/"):
             raise ValueError(f"{file}: {line[:60]!r} is not of the form NAME: python train.py ...")
-        runs[name.strip()] = words[2:]
+        runs[name] = shlex.split(command)[2:]
     return runs
+
+
+def obstacle(name):
+    """Why today's train.py can't make a record again, or None."""
+    log = read_log(LOGS / f"{name}.jsonl")
+    if "&&" in log.flags:
+        return "it was made by two commands"
+    if log.before is not None and log.before.graph != log.graph:
+        return f"only commit {log.header['commit']} could begin with the weights of another graph"
+    return None
 
 
 # ---- Making them
@@ -80,10 +73,8 @@ def read_commands(file):
 def patch_of(name):
     """The patch of a run in cures/X/ or exercises/X/, or None."""
     folder, *rest = name.split("/")
-    if folder not in ("cures", "exercises"):
-        return None
-    patch = HERE / folder / f"{rest[0]}.patch"
-    return patch if patch.exists() else None
+    patch = RESULTS / "patches" / f"{rest[0]}.patch" if rest else None
+    return patch if folder in ("cures", "exercises") and patch.exists() else None
 
 
 def code_of(name):
@@ -91,55 +82,34 @@ def code_of(name):
     patch = patch_of(name)
     if patch is None:
         return PROJECT
-    copy = PROJECT / "out" / "patched" / patch.stem
+    copy = PROJECT / "out" / "patched" / name
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
     for file in PROJECT.glob("*.py"):
         if file.name != "test_all.py":                          # else pytest would find it
             shutil.copy(file, copy)
-    command = ["patch", "-p1", "-i", str(patch)]
-    if subprocess.run(command, cwd=copy, stdout=subprocess.DEVNULL).returncode != 0:
-        raise ValueError(f"{patch.name} does not fit the code")
+    subprocess.run(["patch", "-s", "-p1", "-i", patch], cwd=copy, check=True)
     return copy
 
 
-def is_finished(name, flags):
-    """Whether a run was made before. Raises ValueError if there is another one in its place."""
-    file = PROJECT / OUT / name / "log.jsonl"
-    if not file.exists():
-        return False
-    log = read_log(file)
-    if log.flags != flags:
-        raise ValueError(f"there is a run with other flags in {OUT / name}: delete it first")
-    return log.end["iter"] == log.config["max_iters"] or log.end["accuracy"] >= STOP_AT
-
-
-def make(name, flags, code, to_file):
-    """Trains a run to its end -> whether it worked. With `to_file` it prints to screen.txt."""
-    if is_finished(name, flags):
-        return True
-    folder = OUT / name
-    command = [sys.executable, str(code / "train.py")]
-    if (PROJECT / folder / "ckpt.pt").exists():
-        command += ["--resume", str(folder)]
-    else:
-        command += [*flags, "--out_dir", str(folder)]
-    if not to_file:
-        print(f"{name}: python train.py {shlex.join(flags)}", flush=True)
-        return subprocess.run(command, cwd=PROJECT).returncode == 0
-    (PROJECT / folder).mkdir(parents=True, exist_ok=True)
-    env = {"OMP_NUM_THREADS": "1"} | os.environ                 # a thread each
-    with open(PROJECT / folder / "screen.txt", "a") as file:
-        done = subprocess.run(command, cwd=PROJECT, env=env, stdout=file, stderr=file)
-    return done.returncode == 0
+def make(name, flags):
+    """Trains a run to its end -> whether it worked."""
+    out_dir = OUT / name
+    command = [sys.executable, str(code_of(name) / "train.py"), *flags, "--out_dir", str(out_dir)]
+    if (PROJECT / out_dir / "ckpt.pt").exists():
+        command.append("--resume")
+    elif (PROJECT / out_dir).exists():                          # interrupted before its first one
+        command.append("--overwrite")
+    print(f"{name}: python train.py {shlex.join(flags)}", flush=True)
+    return subprocess.run(command, cwd=PROJECT).returncode == 0
 
 
 # ---- Comparing
 
 
-def figures(log):
-    """The lines of a log without times."""
-    return [{key: line[key] for key in line.keys() - {"elapsed_s"}} for line in log.lines]
+def figures(line, other):
+    """The figures of a log's line that stand in another one, too, without times."""
+    return {key: line[key] for key in line.keys() & other.keys() - {"elapsed_s"}}
 
 
 def end_of(log):
@@ -147,77 +117,87 @@ def end_of(log):
 
 
 def compare(log, record):
-    """How a new log compares with the record, if there is one: a sentence."""
+    """How a log compares with the record, if there is one: a sentence."""
     if not record.exists():
         return "there is no record"
     old = read_log(record)
-    if log.header["data"] != old.header["data"]:
+    if log.header["graphs"] != old.header["graphs"]:
         return f"the record, on other graphs, has {end_of(old)}"
-    if figures(log) == figures(old):
-        return "the record is the same"
-    return f"the record differs, it has {end_of(old)}"
+    for line, other in zip(log.lines, old.lines):
+        if figures(line, other) != figures(other, line):
+            return f"the record differs from step {line['iter']:,} on, it has {end_of(old)}"
+    if len(log.lines) != len(old.lines):
+        return f"the record is of another length, it has {end_of(old)}"
+    return "the record is the same"
 
 
-def report(name, keep):
-    """Prints how a run compares, and keeps its log as the record if that is asked for."""
-    file = PROJECT / OUT / name / "log.jsonl"
-    log = read_log(file)
-    made_by = log.header["commit"] or "code without a commit"
-    print(f"{name}: {end_of(log)}, by {made_by}; {compare(log, record_of(name))}", flush=True)
-    if keep:
-        record_of(name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, record_of(name))
+def commit():
+    """The commit of the code, with -dirty if files differ from it. Empty without git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True).stdout.strip()
+
+
+def keep(name, log, made_by):
+    """Keeps a log as the record. Its header gets the commit, and the patch if there is one."""
+    header = log.header | {"commit": made_by}
+    if patch_of(name) is not None:
+        header["patch"] = patch_of(name).name
+    record = LOGS / f"{name}.jsonl"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text("".join(json.dumps(line) + "\n" for line in (header, *log.lines)))
 
 
 def print_list(runs):
-    for name in runs:
-        log = read_log(record_of(name))
-        command = shlex.join(["python", "train.py", *log.flags])
+    for name, flags in runs.items():
+        log = read_log(LOGS / f"{name}.jsonl")
         patch = patch_of(name)
-        patched = f", with {patch.name}" if patch else ""
-        print(f"{name:44} {log.end['elapsed_s'] / 60:5.1f} min  {command}{patched}")
+        remark = f", with {patch.name}" if patch else ""
+        if obstacle(name):
+            remark += f" ({obstacle(name)})"
+        minutes = log.end["elapsed_s"] / 60
+        print(f"{name:44} {minutes:5.1f} min  {shlex.join(['python', 'train.py', *flags])}{remark}")
 
 
 def main():
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --list | head
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # an error is one line then
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", help="records: names, beginnings of names, or globs")
     parser.add_argument("--list", action="store_true", help="only print which they are")
-    parser.add_argument("--record", action="store_true", help="keep the logs as the new records")
     parser.add_argument("--commands", metavar="FILE", help="make the runs of this file, too")
-    parser.add_argument("--at_once", type=positive_int, default=1, metavar="N",
-                        help="so many at a time, a thread each; their output is in screen.txt")
+    parser.add_argument("--record", action="store_true", help="keep the logs as the records")
     args = parser.parse_args()
     try:
         runs = recorded_flags(args.names or ([""] if args.list else []))
         if args.list:
             print_list(runs)
             return
+        obstacles = {name: obstacle(name) for name in runs}
         if args.commands is not None:
             runs |= read_commands(args.commands)
         if not runs:
             raise ValueError("which runs? --list names the records")
-        for name, flags in runs.items():
-            is_finished(name, flags)                            # refuses before anything is made
-        codes = {name: code_of(name) for name in runs}
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
-    failed = []
-    with ThreadPoolExecutor(args.at_once) as pool:
-        def start(name):
-            return make(name, runs[name], codes[name], to_file=args.at_once > 1)
-
-        for name, worked in zip(runs, pool.map(start, runs)):
-            if worked:
-                report(name, args.record)
-            else:
-                failed.append(name)
-                print(f"{name} failed", file=sys.stderr)
-    sys.exit(len(failed) > 0)
+    made_by = commit()                                          # before a record changes
+    failed = 0
+    for name, flags in runs.items():
+        if obstacles.get(name):
+            print(f"{name} can't be made again: {obstacles[name]}")
+        elif make(name, flags):
+            log = read_log(PROJECT / OUT / name / "log.jsonl")
+            print(f"{name}: {end_of(log)}; {compare(log, LOGS / f'{name}.jsonl')}", flush=True)
+            if args.record:
+                keep(name, log, made_by)
+        else:
+            failed += 1
+            print(f"{name} failed", file=sys.stderr)
+    sys.exit(failed > 0)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()
