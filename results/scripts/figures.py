@@ -8,7 +8,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tables import LOGS, MODELS, OBJECTIVES, RESULTS, cure_runs, read_log, read_logs
+from tables import LOGS, MODELS, OBJECTIVES, RESULTS, cure_runs, read_log, read_logs, size
 from data import PathStar, draw, edges_of, find_arms            # tables.py makes it importable
 
 FOLDER = RESULTS / "figures"
@@ -73,29 +73,6 @@ def examples_of(log):
     return own + (examples_of(log.before) if log.before else 0)
 
 
-KINDS = {               # colour, marker, shift to the right
-    "Mamba": (GREEN, "o", -0.15),
-    "Mamba, goal first": (GREEN, "v", -0.15),
-    "Mamba, other layers or passes": (GREEN, "s", -0.08),
-    "Mamba, after another run": (OCHRE, "^", 0.0),
-    "Mamba, after another run, goal first": (OCHRE, "v", 0.0),
-    "Transformer": (PURPLE, "o", 0.08),
-    "Transformer, goal first": (PURPLE, "v", 0.08),
-    "Transformer, other layers or passes": (PURPLE, "s", 0.15),
-    "Transformer, after another run": (GREY, "^", 0.0),
-    "Transformer, after another run, goal first": (GREY, "v", 0.0),
-}
-
-
-def kind_of(log):
-    kind = log.model
-    if log.file.parent.name in ("loops", "passes"):
-        kind += ", other layers or passes"
-    if log.before:
-        kind += ", after another run"
-    return kind + (", goal first" if log.config["reverse"] else "")
-
-
 def draw_graphs():
     """The examples that teacherless models need, over the path's length and the number of arms.
 
@@ -103,25 +80,29 @@ def draw_graphs():
     many names as nodes, their number stands to the left.
     """
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.9), layout="constrained")
+    kinds = {}
     for log in read_logs("default", "loops", "passes", "graphs", "names50"):
-        config = log.config
-        if not config["teacherless"]:
+        deg, path_len, num_nodes = size(log)
+        if not log.config["teacherless"]:
             continue
-        color, marker, shift = KINDS[kind_of(log)]
-        style = dict(
-            marker=marker if log.solved_line else "x", color=color, mfc="none", markersize=6
-        )
-        n_nodes = config["deg"] * (config["path_len"] - 1) + 1
-        for ax, size, is_in in (
-            (axes[0], config["path_len"], config["deg"] == 2),
-            (axes[1], config["deg"], config["path_len"] == 5),
-        ):
+        kind, marker = log.model, "o"
+        color, color_after = (PURPLE, GREY) if log.model == "Transformer" else (GREEN, OCHRE)
+        if log.file.parent.name in ("loops", "passes"):
+            kind, marker = f"{kind}, other layers or passes", "s"
+        if log.before:
+            kind, marker, color = f"{kind}, after another run", "^", color_after
+        if log.config["reverse"]:
+            kind, marker = f"{kind}, goal first", "v"
+        kinds[kind] = dict(marker=marker, color=color, mfc="none", markersize=6, ls="")
+        style = kinds[kind] if log.solved_line else kinds[kind] | {"marker": "x"}
+        shift = {GREEN: -0.15, PURPLE: 0.1}.get(color, 0)
+        for ax, x, is_in in zip(axes, (path_len, deg), (deg == 2, path_len == 5)):
             if is_in:
-                ax.plot(size + shift, examples_of(log), **style)
-            if is_in and config["num_nodes"] > 2 * n_nodes:
+                ax.plot(x + shift, examples_of(log), **style)
+            if is_in and num_nodes > 2 * (deg * (path_len - 1) + 1):
                 ax.annotate(
-                    config["num_nodes"], (size + shift, examples_of(log)), (-5, 0),
-                    textcoords="offset points", ha="right", va="center", fontsize=8
+                    num_nodes, (x + shift, examples_of(log)), (-5, 0), ha="right", va="center",
+                    textcoords="offset points", fontsize=8
                 )
     for ax, label in zip(axes, ("nodes of the path, two arms", "arms, five nodes")):
         ax.set_xlabel(label)
@@ -131,8 +112,8 @@ def draw_graphs():
         ax.set_ylim(1e4, 1e6)
         ax.set_yticks([1e4, 1e5, 1e6], ["10k", "100k", "1,000k"])
     axes[0].set_ylabel("training examples until\nsolved (x: not solved)")
-    for label, (color, marker, _) in KINDS.items():
-        axes[0].plot([], [], marker, color=color, mfc="none", label=label)
+    for kind in sorted(kinds):
+        axes[0].plot([], [], label=kind, **kinds[kind])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=2)
     save(figure, "graphs")
 

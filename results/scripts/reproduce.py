@@ -23,14 +23,12 @@ import signal
 import subprocess
 import sys
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 from pathlib import Path
 
 from tables import LOGS, PROJECT, RESULTS, read_log
 
 OUT = Path("out") / "reproduce"         # in the project
-
-
-# ---- Which runs
 
 
 def recorded_flags(patterns):
@@ -50,10 +48,10 @@ def read_commands(file):
     """-> {name: flags of train.py} of a file with lines NAME: python train.py ..."""
     runs = {}
     for line in filter(str.strip, Path(file).read_text().splitlines()):
-        name, _, command = line.partition(":")
-        if not command.startswith(" python train.py") or ".." in name or name.startswith("/"):
+        name, _, command = line.partition(": python train.py")
+        if not command:
             raise ValueError(f"{file}: {line[:60]!r} is not of the form NAME: python train.py ...")
-        runs[name] = shlex.split(command)[2:]
+        runs[name] = shlex.split(command)
     return runs
 
 
@@ -65,9 +63,6 @@ def obstacle(name):
     if log.before is not None and log.before.graph != log.graph:
         return f"only commit {log.header['commit']} could begin with the weights of another graph"
     return None
-
-
-# ---- Making them
 
 
 def patch_of(name):
@@ -104,14 +99,6 @@ def make(name, flags):
     return subprocess.run(command, cwd=PROJECT).returncode == 0
 
 
-# ---- Comparing
-
-
-def figures(line, other):
-    """The figures of a log's line that stand in another one, too, without times."""
-    return {key: line[key] for key in line.keys() & other.keys() - {"elapsed_s"}}
-
-
 def end_of(log):
     return f"{log.end['accuracy']:.1%} at step {log.end['iter']:,}"
 
@@ -123,11 +110,11 @@ def compare(log, record):
     old = read_log(record)
     if log.header["graphs"] != old.header["graphs"]:
         return f"the record, on other graphs, has {end_of(old)}"
-    for line, other in zip(log.lines, old.lines):
-        if figures(line, other) != figures(other, line):
-            return f"the record differs from step {line['iter']:,} on, it has {end_of(old)}"
-    if len(log.lines) != len(old.lines):
-        return f"the record is of another length, it has {end_of(old)}"
+    for line, other in zip_longest(log.lines, old.lines, fillvalue={"iter": -1}):
+        for name in line.keys() & other.keys() - {"elapsed_s"}:
+            if line[name] != other[name]:
+                step = max(line["iter"], other["iter"])
+                return f"the record differs from step {step:,} on, it has {end_of(old)}"
     return "the record is the same"
 
 
@@ -149,13 +136,10 @@ def keep(name, log, made_by):
 
 def print_list(runs):
     for name, flags in runs.items():
-        log = read_log(LOGS / f"{name}.jsonl")
-        patch = patch_of(name)
-        remark = f", with {patch.name}" if patch else ""
-        if obstacle(name):
-            remark += f" ({obstacle(name)})"
-        minutes = log.end["elapsed_s"] / 60
-        print(f"{name:44} {minutes:5.1f} min  {shlex.join(['python', 'train.py', *flags])}{remark}")
+        minutes = read_log(LOGS / f"{name}.jsonl").end["elapsed_s"] / 60
+        patch, why = patch_of(name), obstacle(name)
+        remark = (f", with {patch.name}" if patch else "") + (f" ({why})" if why else "")
+        print(f"{name:44} {minutes:5.1f} min  python train.py {shlex.join(flags)}{remark}")
 
 
 def main():

@@ -6,8 +6,10 @@ A table stands between <!-- table NAME --> and <!-- end of table -->. All other 
 A table without logs is left empty. The other scripts read logs with `read_log` and `read_logs`.
 """
 import argparse
+import functools
 import itertools
 import json
+import operator
 import re
 import shlex
 import statistics
@@ -106,10 +108,10 @@ def read_log(file):
     return Log(Path(file), header, lines)
 
 
-def read_logs(*folders):
-    """The logs in folders of results/logs, sorted by their paths."""
+def read_logs(*folders, only=OBJECTIVES):
+    """The logs in folders of results/logs with one of these objectives, sorted by their paths."""
     files = [file for folder in folders for file in sorted((LOGS / folder).rglob("*.jsonl"))]
-    return [read_log(file) for file in files]
+    return [log for log in map(read_log, files) if log.objective in only]
 
 
 def size(log):
@@ -122,16 +124,10 @@ def cure_runs():
     Of teacher-forced runs on the default graph, those in long/: they took as many steps.
     """
     runs = read_logs("cures")
+    others = read_logs("default", only=["teacherless"]) + read_logs("long", only=["teacher-forced"])
+    others += read_logs("graphs", only=["teacherless", "teacher-forced"])
     sizes = {size(log) for log in runs}
-    for folder, objectives in (
-        ("default", ["teacherless"]),
-        ("long", ["teacher-forced"]),
-        ("graphs", ["teacherless", "teacher-forced"]),
-    ):
-        for log in read_logs(folder):
-            if log.objective in objectives and size(log) in sizes and log.before is None:
-                runs.append(log)
-    return runs
+    return runs + [log for log in others if size(log) in sizes and log.before is None]
 
 
 # ---- Cells: what a table says of the runs in one row
@@ -148,6 +144,10 @@ def percent(shares):
     return spread([100 * share for share in shares], "{:.1f}", " %")
 
 
+def loss(values):
+    return spread(values, "{:.3f}")
+
+
 def solved(runs):
     return f"{sum(run.solved_line is not None for run in runs)} of {len(runs)}" if runs else "-"
 
@@ -156,12 +156,9 @@ def solved_by(seeds):
     return lambda runs: solved([run for run in runs if run.config["seed"] in seeds])
 
 
-def at_end(name, form=percent):
-    return lambda runs: form([run.end[name] for run in runs])
-
-
-def goal_moved(name):
-    return lambda runs: percent([run.end["goal_moved"][name] for run in runs])
+def at_end(*names, form=percent):
+    """What stands under these names in the last lines."""
+    return lambda runs: form([functools.reduce(operator.getitem, names, run.end) for run in runs])
 
 
 def later_nodes(runs):
@@ -191,8 +188,7 @@ def begins_with(runs):
     run, before = runs[0], runs[0].before
     if before is None:
         return "-"
-    names = ("graph", "objective")
-    pairs = [(getattr(before, name), getattr(run, name)) for name in names]
+    pairs = [(before.graph, run.graph), (before.objective, run.objective)]
     return ", ".join(other for other, own in pairs if other != own)
 
 
@@ -203,8 +199,8 @@ CELLS = {               # of the column with this head
     "d_state": lambda runs: runs[0].config["d_state"] or "-",
     "examples at most": examples_at_most,
     "examples until solved": examples_until_solved,
-    "first hop right": lambda runs: percent([run.end["node_accuracy"][1] for run in runs]),
-    "first hop turns to the goal": goal_moved("turns"),
+    "first hop right": at_end("node_accuracy", 1),
+    "first hop turns to the goal": at_end("goal_moved", "turns"),
     "forced: later nodes": later_nodes,
     "graph": lambda runs: runs[0].graph,
     "hops 1, 2, ...": hops,
@@ -216,60 +212,43 @@ CELLS = {               # of the column with this head
     "solved": solved,
     "solved, seeds 0-4": solved_by(range(5)),                   # settings were chosen on these
     "solved, seeds 5-9": solved_by(range(5, 10)),
-    "stays as it was": goal_moved("stays"),
+    "stays as it was": at_end("goal_moved", "stays"),
     "steps at most": lambda runs: spread([run.config["max_iters"] for run in runs]),
-    "steps until it stopped": at_end("iter", spread),
-    "test loss": at_end("test_loss", lambda losses: spread(losses, "{:.3f}")),
-    "training loss": at_end("train_loss", lambda losses: spread(losses, "{:.3f}")),
+    "steps until it stopped": at_end("iter", form=spread),
+    "test loss": at_end("test_loss", form=loss),
+    "training loss": at_end("train_loss", form=loss),
 }
 
 
 # ---- Tables
 
 
-def default_runs():
-    return read_logs("default")
-
-
-def long_runs():
-    """Of models that are to plan with nothing but the next token, longer or on other graphs."""
-    logs = read_logs("long", "controls", "graphs")
-    return [log for log in logs if log.objective in ("teacher-forced", "first hop only")]
-
-
-def loops_runs():
-    """Teacherless, on the default graph."""
-    default = [log for log in read_logs("default") if log.objective == "teacherless"]
-    return default + read_logs("loops", "passes")
-
-
-def graphs_runs():
-    return [log for log in read_logs("graphs") if log.objective.startswith("teacherless")]
-
-
 # name: runs, what those in one row have in common, heads of the columns
 TABLES = {
     "default": (
-        default_runs, "model objective",
+        lambda: read_logs("default"), "model objective",
         "command | solved, seeds 0-4 | solved, seeds 5-9 | paths right | forced: later nodes | "
         "steps until it stopped"
     ),
     "goal": (
-        default_runs, "model objective",
+        lambda: read_logs("default"), "model objective",
         "model | objective | runs | first hop turns to the goal | stays as it was"
     ),
     "long": (
-        long_runs, "objective size model max_iters",
+        lambda: read_logs("long", "controls", "graphs", only=OBJECTIVES[:2]),
+        "objective size model max_iters",
         "objective | graph | model | runs | first hop right | forced: later nodes | "
         "training loss | test loss | steps at most"
     ),
     "loops": (
-        loops_runs, "model n_layer n_loop A_init max_iters",
+        lambda: read_logs("default", "loops", "passes", only=["teacherless"]),
+        "model n_layer n_loop A_init max_iters",
         "model | layers x passes | A_init | solved | paths right | hops 1, 2, ... | "
         "examples until solved | steps at most"
     ),
     "graphs": (
-        graphs_runs, "size model objective d_state before",
+        lambda: read_logs("graphs", only=["teacherless", "teacherless, reversed"]),
+        "size model objective d_state before",
         "graph | model | objective | d_state | begins with | solved | paths right | "
         "hops 1, 2, ... | steps at most"
     ),
