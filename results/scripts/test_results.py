@@ -1,35 +1,213 @@
 """The tests of this folder: its pages, records, scripts and patches."""
-import sys
-from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-PROJECT = HERE.parent
-sys.path[:0] = [str(HERE), str(PROJECT)]
-
-from test_all import SMALL_STAR as STAR, TINY, call, refusal, settings  # first: it sets the threads
-
-import base64
 import importlib.util
 import json
 import math
-import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import data
-import explore
+SCRIPTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(SCRIPTS))
 import probe
 import reproduce
 import tables
+from tables import PROJECT, RESULTS                             # makes these importable
+import data
 import train
-from data import PathStar
 
-PATCHES = sorted((HERE / "cures").glob("*.patch"))
-SOLUTIONS = sorted((HERE / "exercises").glob("*.patch"))
+STAR = data.PathStar(2, 5, 10)
+TINY = (
+    "--n_layer", 1, "--n_embd", 16, "--n_train", 200, "--n_test", 20, "--batch_size", 8,
+    "--max_iters", 6, "--eval_interval", 3, "--device", "cpu",
+)
+ALL_PATCHES = sorted((RESULTS / "patches").glob("*.patch"))
+EXERCISES = [patch for patch in ALL_PATCHES if patch.stem[0].isdigit()]
+CURES = [patch for patch in ALL_PATCHES if patch not in EXERCISES]
+
+
+def call(module, *flags):
+    """Runs a script in this process -> its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, flags)])
+        try:
+            module.main()
+        except SystemExit as stop:
+            return stop.code or 0
+    return 0
+
+
+def settings(*flags):
+    """The settings of a run that is started with these flags."""
+    args = train.make_parser().parse_args(list(map(str, flags)))
+    train.resolve(args)
+    return args
+
+
+# ---- Pages and figures
+
+
+def write_log(name, seed, accuracies, **config):
+    """A record with an evaluation each 100 steps."""
+    header = {"command": f"python train.py --seed {seed} --out_dir out/x", "commit": "abc"}
+    header["config"] = vars(settings("--seed", seed)) | config
+    header["graphs"] = []
+    lines = []
+    for i, accuracy in enumerate(accuracies):
+        lines.append({
+            "iter": 100 * i, "examples": 12_800 * i, "elapsed_s": 60 * i, "accuracy": accuracy,
+            "node_accuracy": [1, accuracy, 0.25, 0.5, 1], "cheat_accuracy": 0.75,
+            "goal_moved": {"turns": accuracy, "stays": 0.125}, "train_loss": 1, "test_loss": 2,
+        })
+    file = tables.LOGS / f"{name}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(map(json.dumps, [header, *lines])))
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.parent.name)
+def test_the_pages_are_those_of_the_logs(page):
+    assert tables.filled(page.read_text()) == page.read_text()
+
+
+def test_tables_count_right(tmp_path, monkeypatch):
+    """Of one solved run and one that was not. New folders of records are taken up."""
+    monkeypatch.setattr(tables, "LOGS", tmp_path)
+    for seed, accuracies in ((0, [0, 0.25, 0.5]), (5, [0, 0.989, 0.99, 1])):
+        for folder in ("default", "controls"):
+            write_log(f"{folder}/{seed}", seed, accuracies)
+        for folder in ("passes", "cures/look_ahead"):
+            write_log(f"{folder}/{seed}", seed, accuracies, teacherless=True, n_layer=3, n_loop=2)
+    init_from = "out/reproduce/controls/0"
+    write_log("names50/a", 0, [0, 1], teacherless=True, num_nodes=50, init_from=init_from)
+    graph, ends, hops = "G(2,5), 10 names", ["1 of 2", "75.0 % (50.0 - 100.0)"], "75, 25, 50 %"
+    for name, row in {
+        "default": ["`python train.py`", "0 of 1", "1 of 1", ends[1], "75.0 %", "250 (200 - 300)"],
+        "goal": ["Transformer", "teacher-forced", "2", ends[1], "12.5 %"],
+        "long": ["teacher-forced", graph, "Transformer", "2", ends[1], "75.0 %", "1.000", "2.000",
+                 "1,500"],
+        "loops": ["Transformer", "3 x 2", "-", *ends, hops, "26k", "1,500"],
+        "cures": [graph, "Transformer", "look ahead", *ends, "26k", "96k"],
+        "names50": ["G(2,5), 50 names", "Transformer", "teacherless", f"{graph}, teacher-forced",
+                    "1 of 1", "100.0 %", "100, 25, 50 %", "13k"],
+    }.items():
+        table = tables.table(name).splitlines()
+        assert [line.strip("| ").split(" | ") for line in table[2:]] == [row]
+    assert tables.table("graphs") == ""                         # there are no such runs
+
+
+def test_tables_are_filled_between_their_markers():
+    text = f"above\n<!-- table long -->\n{tables.table('long')}<!-- end of table -->\nbelow\n"
+    assert tables.filled(text.replace(tables.table("long"), "old\n")) == text
+    with pytest.raises(ValueError, match="marker"):
+        tables.filled(text.replace("<!-- end", "<!-- and"))
+
+
+def test_the_figures_are_those_of_the_logs(monkeypatch, tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    import figures
+    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    assert call(figures) == 0
+    kept = sorted((RESULTS / "figures").glob("*.svg"))
+    assert [file.name for file in kept] == sorted(file.name for file in tmp_path.iterdir())
+    if f"Matplotlib v{matplotlib.__version__}," in kept[0].read_text():  # others draw other bytes
+        for file in kept:
+            assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file
+
+
+# ---- Records
+
+
+def test_each_recorded_command_asks_for_the_recorded_run():
+    """With the defaults of today. (Those of the exercises need their patches.)"""
+    for name, flags in reproduce.recorded_flags([""]).items():
+        log = tables.read_log(tables.LOGS / f"{name}.jsonl")
+        if not name.startswith("exercises") and reproduce.obstacle(name) is None:
+            config = vars(settings(*flags)) | {"dtype": "float32"}  # resolved in the log
+            for key in config.keys() & log.config.keys():
+                assert log.config[key] == config[key], (name, key)
+
+
+@pytest.fixture
+def project(monkeypatch, tmp_path):
+    """A copy of the code, in which reproduce.py works. It has no records yet."""
+    monkeypatch.setattr(reproduce, "PROJECT", copy_code(tmp_path / "project"))
+    for module in (reproduce, tables):
+        monkeypatch.setattr(module, "LOGS", tmp_path / "logs")
+    return tmp_path
+
+
+def test_runs_are_made_recorded_and_made_again(project, capfd):
+    """One of them a cure's, in a copy of the code with its patch."""
+    tiny = " ".join(map(str, TINY))
+    file = project / "commands.txt"
+    file.write_text(f"new/a: python train.py {tiny} --seed 3\n\n"
+                    f"cures/look_ahead/b: python train.py {tiny} --seed 3\n")
+    assert call(reproduce, "--commands", file, "--record") == 0
+    assert capfd.readouterr().out.count("there is no record") == 2
+    out = project / "project" / "out" / "reproduce"
+    record, cure = [project / "logs" / f"{name}.jsonl" for name in ("new/a", "cures/look_ahead/b")]
+    assert "commit" in tables.read_log(record).header
+    assert tables.read_log(cure).header["patch"] == "look_ahead.patch"
+    weights = torch.load(out / "cures" / "look_ahead" / "b" / "ckpt.pt")["model"]
+    assert any(name.startswith("heads.") for name in weights)
+
+    shutil.rmtree(out)
+    assert call(reproduce, "new/") == 0
+    printed = capfd.readouterr().out
+    assert "iter     6" in printed and "the record is the same" in printed
+    log = tables.read_log(out / "new" / "a" / "log.jsonl")
+    header, *lines = [json.loads(line) for line in record.read_text().splitlines()]
+    for other, says in (
+        ((header, lines[0], lines[1] | {"lr": 0}, lines[2]), "differs from step 3 on"),
+        ((header, *lines[:2]), "differs from step 6 on"),
+        ((header | {"graphs": []}, *lines), "on other graphs"),
+    ):
+        record.write_text("\n".join(map(json.dumps, other)))
+        assert says in reproduce.compare(log, record)
+
+
+def test_records_that_cannot_be_made_again(project, capsys):
+    write_log("a", 0, [0.5])
+    write_log("b", 0, [0.5], num_nodes=11, init_from="out/reproduce/a")
+    assert reproduce.obstacle("a") is None
+    assert call(reproduce, "b") == 0
+    assert "only commit abc could begin with the weights" in capsys.readouterr().out
+    assert not (project / "project" / "out").exists()
+
+
+def test_the_list_names_every_record_and_its_reader_may_stop():
+    command = f"'{sys.executable}' '{SCRIPTS / 'reproduce.py'}' --list"
+    for command, lines in ((command, len(list(tables.LOGS.rglob("*.jsonl")))),
+                           (f"{command} | head -n 2", 2)):
+        done = subprocess.run(command, shell=True, capture_output=True, text=True)
+        assert (done.stdout.count("\n"), done.stderr) == (lines, "")
+
+
+# ---- Probes
+
+
+def test_a_map_finds_what_is_there():
+    nodes = torch.from_numpy(np.random.default_rng(0).integers(0, 10, probe.N_FIT + probe.N_TEST))
+    noise = torch.randn(len(nodes), 16, generator=torch.Generator().manual_seed(0))
+    known = torch.nn.functional.one_hot(nodes, 16) @ torch.randn(16, 16)
+    assert probe.share_found(noise, nodes) < 0.2
+    assert probe.share_found(0.1 * noise + known, nodes) == 1
+
+
+@pytest.mark.parametrize("seed", [0, 99])
+def test_probes_have_graphs_of_their_own(seed):
+    """Their stream is none of train.py's [seed, 0..2], data.py's [seed, 3], sample.py's [seed, 4]."""
+    inputs, _ = probe.graphs(settings("--teacherless", "--seed", seed), STAR)
+    for stream in (seed, *[[seed, i] for i in range(5)]):
+        prefixes, _ = data.draw(STAR, len(inputs), np.random.default_rng(stream))
+        assert inputs[0, :STAR.prefix_len].tolist() != prefixes[0].tolist()
+
+
+# ---- The patches
 
 
 def copy_code(folder):
@@ -44,285 +222,9 @@ def apply(patch, folder):
     assert done.returncode == 0, done.stdout
 
 
-# ---- Logs and tables
-
-
-def write_log(file, seed, accuracies, **config):
-    """A log with an evaluation each 100 steps."""
-    header = {"command": f"python train.py --seed {seed} --out_dir out/x", "machine": "m"}
-    header["commit"] = "abc"
-    header["versions"] = {"python": "3", "torch": "2"}
-    header["config"] = vars(settings("--seed", seed)) | config
-    lines = []
-    for i, accuracy in enumerate(accuracies):
-        lines.append({
-            "iter": 100 * i, "examples": 12_800 * i, "elapsed_s": 60 * i, "accuracy": accuracy,
-            "node_accuracy": [1, accuracy, 0.25, 0.5, 1],
-            "forced_node_accuracy": [1, accuracy, 1, 1, 1], "cheat_accuracy": 0.75,
-            "goal_moved": {"turns": accuracy, "stays": 0.125},
-        })
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(map(json.dumps, [header, *lines])))
-
-
-def cells(table):
-    """-> the rows below the head"""
-    return [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
-
-
-@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.parent.name)
-def test_the_pages_are_those_of_the_logs(page):
-    assert tables.filled(page.read_text()) == page.read_text()
-
-
-def test_tables_count_right(tmp_path, monkeypatch):
-    """Of one solved run and one that was not."""
-    monkeypatch.setattr(tables, "LOGS", tmp_path)
-    write_log(tmp_path / "default" / "a.jsonl", 0, [0, 0.25, 0.5])
-    write_log(tmp_path / "default" / "b.jsonl", 5, [0, 0.989, 0.99, 1])
-    ends = ["1 of 2", "75.0 % (50.0 - 100.0)"]
-    assert cells(tables.default_table()) == [
-        ["`python train.py`", "0 of 1", "1 of 1", ends[1], "75.0 %", "250 (200 - 300)"]
-    ]
-    assert cells(tables.goal_table()) == [
-        ["Transformer", "teacher-forced", "2", ends[1], "12.5 %"]
-    ]
-    for seed, accuracies in ((0, [0, 0.25, 0.5]), (1, [0, 0.989, 0.99, 1])):
-        for folder in ("loops", "graphs", "cures/look_ahead"):
-            name = tmp_path / folder / f"{seed}.jsonl"
-            write_log(name, seed, accuracies, teacherless=True, n_layer=3, n_loop=2)
-    row = ["Transformer", "3 x 2", "-", *ends, "75, 25, 50 %", "26k", "1,500"]
-    assert cells(tables.loops_table()) == [row]
-    row = ["G(2,5), 10 names", "`python train.py`", *ends, "75, 25, 50 %", "250 (200 - 300)"]
-    assert cells(tables.graphs_table()) == [row]
-    assert cells(tables.stages_table()) == []
-    for seed in (0, 1):
-        before = dict(deg=3, num_nodes=13, init_from=f"out/reproduce/graphs/{seed}")
-        write_log(tmp_path / "graphs" / f"{seed + 2}.jsonl", seed, [0, seed], **before)
-    assert cells(tables.graphs_table()) == [row]
-    assert cells(tables.stages_table()) == [[
-        "Transformer", "-", "teacher-forced", "G(3,5), 13 names", "G(2,5)", "1 of 2",
-        "50.0 % (0.0 - 100.0)", "50, 25, 50 %", "100",
-    ]]
-    before = dict(teacherless=True, init_from="out/reproduce/graphs/0")
-    write_log(tmp_path / "graphs" / "4.jsonl", 0, [0, 0.5], **before)  # not from scratch
-    write_log(tmp_path / "long" / "c.jsonl", 1, [0, 0.5])
-    assert cells(tables.long_table()) == [["`python train.py`", "1", "50.0 %", "100"]]
-    assert cells(tables.cures_table()) == [
-        ["G(2,5), 10 names", "Transformer", "teacher-forced", "0 of 1", "50.0 %", "-", "96k"],
-        ["G(2,5), 10 names", "Transformer", "teacherless", *ends, "26k", "96k"],
-        ["G(2,5), 10 names", "Transformer", "look ahead", *ends, "26k", "96k"],
-    ]
-    runs = cells(tables.runs_table())
-    assert len(runs) == 12
-    machine = "m, Python 3, torch 2"
-    link = "[default/b.jsonl](logs/default/b.jsonl)"
-    assert [link, "5", "100.0 %", "300", "3.0", "abc", machine] in runs
-
-
-def test_a_damaged_log_is_refused(tmp_path):
-    for text in ("", "{", "{}", '{"config": {}}\n{"iter": 0}', "[]\n[]"):
-        (tmp_path / "a.jsonl").write_text(text)
-        with pytest.raises(ValueError, match="a.jsonl is not a log of train.py"):
-            tables.read_log(tmp_path / "a.jsonl")
-
-
-def test_tables_are_filled_between_their_markers():
-    table = tables.long_table()
-    text = f"above\n<!-- table long -->\n{table}<!-- end of table -->\nbelow\n"
-    assert tables.filled(text.replace(table, "old\n")) == text
-    for wrong in (text.replace("table long", "table short"), text.replace("<!-- end", "<!-- and")):
-        with pytest.raises(ValueError, match="table short|marker"):
-            tables.filled(wrong)
-
-
-def test_each_recorded_command_asks_for_the_recorded_run():
-    """With the defaults of today. (Those of the exercises need their patches.)"""
-    logs = [log for log in tables.read_logs("") if "exercises" not in log.file.parts]
-    assert logs
-    for log in logs:
-        config = train.config_of(settings(*log.flags))
-        del config["dtype"]                                     # resolved in the log
-        for name in config:
-            assert log.config.get(name) == config[name], (log.file, name)  # older ones lack some
-
-
-def test_the_long_runs_still_guess():
-    """After five times the steps of the teacherless run of the same seed."""
-    for log in tables.read_logs("long"):
-        name = "{model}-teacherless-seed{seed}.jsonl".format(**log.config)
-        twin = tables.read_log(tables.LOGS / "default" / name)
-        assert twin.solved_line is not None and log.end["iter"] >= 5 * twin.end["iter"], log.file
-        args = settings(*log.flags)
-        assert train.is_guess(log.end["node_accuracy"][1], args, args.n_test), log.file
-
-
-# ---- reproduce.py
-
-
-@pytest.fixture
-def project(monkeypatch, tmp_path):
-    """A copy of the code, in which reproduce.py works. It has no records yet."""
-    monkeypatch.setattr(reproduce, "PROJECT", copy_code(tmp_path / "project"))
-    monkeypatch.setattr(reproduce, "LOGS", tmp_path / "logs")
-    (tmp_path / "logs").mkdir()
-    return tmp_path
-
-
-def test_runs_are_made_recorded_and_made_again(project, capfd):
-    """One of them a cure's, in a copy of the code with its patch."""
-    tiny = " ".join(map(str, TINY))
-    file = project / "commands.txt"
-    file.write_text(f"new/a: python train.py {tiny} --seed 3\n\n"
-                    f"cures/look_ahead/b: python train.py {tiny} --seed 3\n")
-    assert call(reproduce, "--commands", file, "--at_once", 2, "--record") == 0
-    printed = capfd.readouterr().out
-    assert printed.count("there is no record") == 2 and "iter " not in printed
-    out = project / "project" / "out" / "reproduce"
-    for name in ("new/a", "cures/look_ahead/b"):
-        assert "iter     6" in (out / name / "screen.txt").read_text()
-        record = tables.read_log(project / "logs" / f"{name}.jsonl")
-        assert record.end["iter"] == 6 and record.config["seed"] == 3
-    cure = out / "cures" / "look_ahead" / "b"
-    assert tables.read_log(cure / "log.jsonl").objective == "look ahead"
-    weights = torch.load(cure / "ckpt.pt")["model"]
-    assert any(name.startswith("heads.") for name in weights)
-
-    shutil.rmtree(out)                                          # made again, from the records
-    assert call(reproduce, "new/") == 0
-    printed = capfd.readouterr().out
-    assert "iter     6" in printed and "the record is the same" in printed
-    assert not (out / "cures").exists()
-
-    log = out / "new" / "a" / "log.jsonl"                       # killed before its last line
-    whole = log.read_text().splitlines(keepends=True)
-    log.write_text("".join(whole[:-1]))
-    assert call(reproduce, "new/a") == 0
-    printed = capfd.readouterr().out
-    assert "iter " not in printed and "the record is the same" in printed
-    assert log.read_text() == "".join(whole)
-
-    record = project / "logs" / "new" / "a.jsonl"
-    end = json.loads(whole[-1])
-    record.write_text("".join(whole[:-1]) + json.dumps(end | {"train_loss": 1.0}))
-    assert call(reproduce, "new/a") == 0
-    assert "the record differs" in capfd.readouterr().out
-    header = json.loads(whole[0])
-    record.write_text(json.dumps(header | {"data": "others"}) + "\n" + "".join(whole[1:]))
-    assert call(reproduce, "new/a") == 0
-    assert "on other graphs" in capfd.readouterr().out
-    header["command"] += " --lr 0.1"
-    record.write_text(json.dumps(header) + "\n" + "".join(whole[1:]))
-    assert "other flags" in refusal(capfd, reproduce, "new/a")
-
-
-def test_what_cannot_be_made_is_refused(project, capsys):
-    write_log(project / "logs" / "a.jsonl", 0, [0.5])
-    log = (project / "logs" / "a.jsonl").read_text()
-    log = log.replace("out/x", "out/x && python train.py --resume out/x --max_iters 9")
-    (project / "logs" / "a.jsonl").write_text(log)
-    assert "was extended" in refusal(capsys, reproduce, "a")
-    assert "there is no record b" in refusal(capsys, reproduce, "b")
-    assert "which runs" in refusal(capsys, reproduce)
-    file = project / "commands.txt"
-    for line in ("a python train.py", "a: rm", "../a: python train.py", "/a: python train.py"):
-        file.write_text(line)
-        assert "is not of the form" in refusal(capsys, reproduce, "--commands", file)
-    assert not (project / "project" / "out").exists()
-
-
-def test_a_failed_run_is_told(project, capfd):
-    file = project / "commands.txt"
-    file.write_text("a: python train.py --deg 0\n")
-    assert call(reproduce, "--commands", file, "--record") == 1
-    assert "a failed\n" in capfd.readouterr().err
-    assert not list((project / "logs").iterdir())
-
-
-def test_the_list_names_every_record(capsys):
-    assert call(reproduce, "--list") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(list(tables.LOGS.rglob("*.jsonl")))
-    line, = [line for line in lines if line.startswith("cures/look_ahead/gpt-deg2-len5-seed0 ")]
-    assert "python train.py --model gpt" in line and "with look_ahead.patch" in line
-
-
-# ---- The scripts
-
-
-def test_no_script_works_at_import():
-    """Importing the scripts prints nothing, and needs no arguments."""
-    names = [file.stem for file in HERE.glob("*.py")]
-    if importlib.util.find_spec("matplotlib") is None:
-        names.remove("draw_figures")
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {', '.join(sorted(names))}"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-
-
-@pytest.mark.slow
-def test_the_figures_are_those_of_the_logs(monkeypatch, tmp_path):
-    matplotlib = pytest.importorskip("matplotlib")
-    import draw_figures
-    figures = sorted((HERE / "figures").glob("*.svg"))
-    if f"Matplotlib v{matplotlib.__version__}," not in figures[0].read_text():
-        pytest.skip("they were drawn by another version of matplotlib")
-    monkeypatch.setattr(draw_figures, "HERE", tmp_path)
-    assert call(draw_figures) == 0
-    assert len(figures) == 5
-    for figure in figures:
-        assert (tmp_path / "figures" / figure.name).read_bytes() == figure.read_bytes(), figure
-
-
-class Through(torch.nn.Module):
-    def forward(self, x):
-        return x, None
-
-
-class OneAhead(torch.nn.Module):
-    """Has each node in the stream at the place before it, and answers from there."""
-
-    def __init__(self):
-        super().__init__()
-        self.transformer = torch.nn.ModuleDict({"h": torch.nn.ModuleList([Through()])})
-
-    def forward(self, idx, targets=None):
-        paths = []
-        for *edges, start, goal, _ in idx[:, :STAR.prefix_len].tolist():
-            before = dict(zip(edges[1::3], edges[::3]))
-            path = [goal]
-            while path[0] != start:
-                path.insert(0, before[path[0]])
-            paths.append(path)
-        paths = torch.tensor(paths)
-        known = torch.nn.functional.one_hot(paths, STAR.vocab_size).float()
-        x = 0.01 * torch.randn(*idx.shape, STAR.vocab_size)     # of full rank, as a stream is
-        x[:, -5:-1] += known[:, 1:]
-        x, _ = self.transformer.h[0](x)
-        answers = torch.cat([known[:, :1], x[:, -5:-1]], dim=1)
-        return torch.cat([torch.zeros_like(x[:, :-5]), answers], dim=1), torch.tensor(0.0)
-
-
-def test_probes_find_what_is_where():
-    """Each node is found at the place before it, and is wrong if that place is exchanged."""
-    args, model = settings("--teacherless"), OneAhead()
-    found = cells(probe.probes(args, STAR, model))              # hops 1 to 3, at start to hop 3
-    right = cells(probe.exchanges(args, STAR, model))           # at start to hop 3, start to goal
-    assert (len(found), len(right)) == (3, 4)
-    for place, row in enumerate(found):
-        percent = [int(cell.rstrip("%")) for cell in row[2:]]
-        assert percent.pop(place) == 100 and max(percent) < 50
-    for place, row in enumerate(right):
-        percent = [int(cell.rstrip("%")) for cell in row[1:]]
-        assert percent.pop(place + 1) < 50 and min(percent) == 100
-
-
-# ---- The cures and the exercises
-
-
-def patched_train(patch, folder):
+def patched_train(name, folder):
     """train.py with a patch, as a module."""
-    apply(patch, copy_code(folder / "code"))
+    apply(RESULTS / "patches" / f"{name}.patch", copy_code(folder / "code"))
     spec = importlib.util.spec_from_file_location("patched_train", folder / "code" / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -330,57 +232,49 @@ def patched_train(patch, folder):
 
 
 @pytest.mark.parametrize("model", ["gpt", "mamba"])
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
+@pytest.mark.parametrize("patch", CURES, ids=lambda patch: patch.stem)
 def test_cures_fit_and_train(patch, model, tmp_path):
-    """The loss falls. A run can be resumed, and inference is one token at a time."""
-    module = patched_train(patch, tmp_path)
-    out = tmp_path / "run"
+    """The loss falls. Inference without a cache writes the same tokens, one at a time."""
+    module, out = patched_train(patch.stem, tmp_path), tmp_path / "run"
+    way = ["--teacherless"] if patch.stem == "half_and_half" else []
     given = [*TINY, "--model", model, "--n_embd", 32, "--max_iters", 40, "--eval_interval", 20]
-    if patch.stem == "half_and_half":
-        given.append("--teacherless")
-    assert call(module, *given, "--lr", 0.003, "--out_dir", out) == 0
+    assert call(module, *given, *way, "--lr", 0.003, "--out_dir", out) == 0
     _, first, last = tables.read_log(out / "log.jsonl").lines
     assert last["train_loss"] < first["train_loss"]
-    assert call(module, "--resume", out, "--max_iters", 60) == 0
-    assert tables.read_log(out / "log.jsonl").end["iter"] == 60
-    if patch.stem == "half_and_half":
-        return                                                  # it adds nothing to the model
-    _, _, star, whole = module.load_checkpoint(out)
-    prefixes = torch.from_numpy(data.draw(star, 5, np.random.default_rng(0))[0])
+    whole = module.load_checkpoint(out)[-1]
+    prefixes = torch.from_numpy(data.draw(STAR, 5, np.random.default_rng(0))[0])
     tokens = prefixes
     for _ in range(3):
         logits, _ = whole(tokens)
         tokens = torch.cat([tokens, logits[:, -1:].argmax(dim=2)], dim=1)
     assert torch.equal(whole.generate(prefixes, 3), tokens)
-    if patch.stem != "belief_state":                            # inference drops what is added
-        assert torch.equal(whole(prefixes)[0], whole.model(prefixes)[0])
-
-
-@pytest.mark.parametrize("model", ["gpt", "mamba"])
-def test_half_and_half_adds_both_losses(model, tmp_path):
-    """The loss of the first step is the sum of those of the two objectives, from equal weights."""
-    patched = patched_train(HERE / "cures" / "half_and_half.patch", tmp_path)
-    given = [*TINY, "--model", model, "--max_iters", 1, "--eval_interval", 1]
-    losses = []
-    for i, (module, flags) in enumerate(
-        ((patched, ["--teacherless"]), (train, ["--teacherless"]), (train, []))
-    ):
-        assert call(module, *given, *flags, "--out_dir", tmp_path / str(i)) == 0
-        losses.append(tables.read_log(tmp_path / str(i) / "log.jsonl").end["train_loss"])
-    assert losses[0] == pytest.approx(losses[1] + losses[2], abs=1e-5)
 
 
 def cure(name, folder):
     """-> the model of a cure, a batch (idx, targets), and the states and logits on it"""
-    module = patched_train(HERE / "cures" / f"{name}.patch", folder)
     torch.manual_seed(0)
     args = settings("--n_layer", 2, "--n_embd", 16, "--n_head", 2)
-    whole = module.build_model(args, STAR).double()
-    graphs = data.draw(STAR, 3, np.random.default_rng(0))
-    solutions = train.prefixes_and_solutions(args, *graphs)
-    idx, targets = train.inputs_and_targets(args, STAR, *solutions)
+    whole = patched_train(name, folder).build_model(args, STAR).double()
+    idx, targets = batch()
     h, _ = whole.model.hidden_states(idx)
     return whole, idx, targets, h, whole.model.lm_head(h)
+
+
+def batch():
+    """-> inputs and targets, teacher-forced"""
+    prefixes, paths = map(torch.from_numpy, data.draw(STAR, 3, np.random.default_rng(0)))
+    idx = torch.cat([prefixes, paths[:, :-1]], dim=1)
+    return idx, torch.cat([torch.full_like(prefixes[:, 1:], -1), paths], dim=1)
+
+
+def test_half_and_half_is_the_sum_of_both_losses(tmp_path):
+    model = train.build_model(settings("--n_embd", 16), STAR)
+    forced, targets = batch()
+    teacherless = forced.clone()
+    teacherless[:, STAR.prefix_len:] = STAR.dollar
+    loss = patched_train("half_and_half", tmp_path).half_and_half(model, teacherless, targets)
+    expected = model(teacherless, targets)[1] + model(forced, targets)[1]
+    torch.testing.assert_close(loss, expected)
 
 
 def mean_of(terms):
@@ -480,7 +374,7 @@ def test_belief_state_is_its_equation(tmp_path):
     assert_is_loss(whole, idx, targets, mean_of(following) + mean_of(before))
 
 
-@pytest.mark.parametrize("patch", SOLUTIONS, ids=lambda patch: patch.stem)
+@pytest.mark.parametrize("patch", EXERCISES, ids=lambda patch: patch.stem)
 def test_solutions_of_the_exercises_fit(patch, tmp_path):
     apply(patch, copy_code(tmp_path))
 
@@ -489,336 +383,16 @@ CHECKS = {"4": "gpt2 or cache or generation", "5": "scan and cpu and not memory"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("patch", SOLUTIONS, ids=lambda patch: patch.stem)
+@pytest.mark.parametrize("patch", EXERCISES, ids=lambda patch: patch.stem)
 def test_solutions_of_the_exercises(patch, tmp_path):
-    """They pass the tests that README names for them, and train."""
+    """They train, and pass the tests that README names for them."""
     apply(patch, copy_code(tmp_path))
     for file in (".pytest.ini", "README.md"):
         shutil.copy(PROJECT / file, tmp_path)
-    commands = [("train.py", *TINY, "--out_dir", "out/1")]
-    commands.append(("train.py", *TINY, "--teacherless", "--model", "mamba", "--out_dir", "out/2"))
+    commands = [["train.py", *TINY, "--teacherless", "--model", model] for model in train.DEFAULTS]
     if patch.stem[0] in CHECKS:
-        commands.append(("-m", "pytest", "-k", CHECKS[patch.stem[0]], "test_all.py"))
+        commands.append(["-m", "pytest", "-k", CHECKS[patch.stem[0]], "test_all.py"])
     for command in commands:
         command = [sys.executable, *map(str, command)]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
-
-
-# ---- explore.html
-
-
-def data_of(page):
-    """The runs that stand in a page."""
-    return json.loads(re.search('type="application/json" id="data">(.*?)</script>', page)[1])
-
-
-@pytest.fixture(scope="module")
-def own_page(tmp_path_factory):
-    """The page of three small runs: -> the page, {name: Log}"""
-    folder = tmp_path_factory.mktemp("runs")
-    star = PathStar(2, 5, 12)
-    graphs = data.draw(star, 300, np.random.default_rng(1))
-    lines = [data.to_text(*graph) for graph in zip(*(tokens.tolist() for tokens in graphs))]
-    (folder / "graphs.txt").write_text("\n".join(lines))
-    files = ("--train_file", folder / "graphs.txt", "--test_file", folder / "graphs.txt")
-    runs = {
-        "forced": (), "own_graphs": ("--reverse", *files, "--seed", 1),
-        "teacherless": ("--model", "mamba", "--teacherless", "--max_iters", 9),
-    }
-    for name, flags in runs.items():
-        quick = ("--warmup_iters", 0, "--lr", 0.02)             # so that the answers change
-        assert call(train, *TINY, *quick, *flags, "--out_dir", folder / name) == 0
-    assert call(explore, *[folder / name for name in runs]) == 0
-    logs = {str(folder / name): tables.read_log(folder / name / "log.jsonl") for name in runs}
-    return folder / "forced" / "explore.html", logs
-
-
-def test_the_page_is_that_of_the_logs():
-    logs = explore.recorded_logs()
-    page = (HERE / "explore.html").read_text()
-    assert page == explore.page(logs, HERE, json.loads(explore.LIVE_MODELS.read_text()))
-    assert not re.search("(src|href)=.?(https?:|//)", page)     # nothing from elsewhere
-
-
-def test_a_page_of_ones_own_runs(own_page):
-    page, logs = own_page
-    shown = data_of(page.read_text())
-    readme = re.search('href="(.*README.md)"', page.read_text())[1]
-    assert (page.parent / readme).resolve() == PROJECT / "README.md"
-    assert list(shown["runs"]) == list(logs)
-    for name, log in logs.items():
-        run = shown["runs"][name]
-        for graph, line in zip(run["graphs"], log.header["graphs"], strict=True):
-            assert line.endswith("=" + ",".join(map(str, graph["path"])))
-            assert graph["path"] in graph["arms"] and len(graph["arms"]) == 2
-        for evaluation, line in zip(run["evaluations"], log.lines, strict=True):
-            assert evaluation["step"] == line["iter"]
-            for key, short in (("answers", "answer"), ("p_first_hop", "p_first_hop")):
-                assert evaluation[key] == [sample[short] for sample in line["samples"]]
-            shares = [round(100 * share, 1) for share in line["node_accuracy"]]
-            assert evaluation["nodes"] == shares
-
-
-def test_a_page_of_what_is_no_run_is_refused(tmp_path, capsys):
-    refusal(capsys, explore, tmp_path)
-    assert not (tmp_path / "explore.html").exists()
-
-
-@pytest.fixture
-def browser():
-    """A function that opens a page at a width, and gives a Selenium driver."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or chromedriver is None:
-        pytest.skip("there is no chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking"):
-        options.add_argument(f"--{flag}")
-    driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
-
-    def open_page(width, page, theme="light"):
-        media = [{"name": "prefers-color-scheme", "value": theme}]
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        driver.get(page.as_uri())
-        driver.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")
-        return driver
-
-    yield open_page
-    assert driver.get_log("browser") == []                      # no error
-    driver.quit()
-
-
-def shown_in(driver, panel, log):
-    """-> the step in the panel's text, and the nodes of the answer in its table"""
-    text = driver.find_element("css selector", f"#panel{panel} .share-text").text
-    nodes = []
-    for cell in driver.find_elements("css selector", f"#panel{panel} td.answer"):
-        token = cell.text.strip("()✓✗ ")
-        nodes.append(log.config["num_nodes"] + "|=/$".index(token) if token in "|=/$"
-                     else int(token))
-    return int(re.search("at step ([0-9,]+)", text)[1].replace(",", "")), nodes
-
-
-def in_log(log, evaluation, graph):
-    return log.lines[evaluation]["iter"], log.lines[evaluation]["samples"][graph]["answer"]
-
-
-def read_tensor(tensor, shape):
-    """A tensor of a page."""
-    def numbers(key, dtype):
-        return np.frombuffer(base64.b64decode(tensor[key]), dtype)
-
-    if "float32" in tensor:
-        x = numbers("float32", np.float32)
-    else:
-        x = numbers("int8", np.int8).reshape(shape) * numbers("scale", np.float32)[:, None]
-    return torch.from_numpy(x.reshape(shape).copy())
-
-
-def test_the_models_of_the_page_are_good():
-    """As good as their runs, on new graphs, in spite of the rounding. The page has the same."""
-    models = json.loads(explore.LIVE_MODELS.read_text())
-    assert models == data_of((HERE / "explore.html").read_text())["live"]
-    for model in models:
-        if model["config"]["teacherless"]:
-            assert model["accuracy"]["int8"] >= 0.99
-        else:
-            assert abs(model["accuracy"]["int8"] - 0.5) < 0.07  # four standard errors
-        command = f"`{model['command'].rsplit(' --seed', 1)[0]}`"
-        assert command in tables.default_table()     # a recorded kind of run
-
-
-@pytest.mark.browser
-def test_the_models_of_the_page_answer_as_pytorch_does(browser):
-    driver = browser(1280, HERE / "explore.html")
-    star = PathStar(2, 5, 10)
-    graphs = data.draw(star, 200, np.random.default_rng(5))
-    for model in data_of((HERE / "explore.html").read_text())["live"]:
-        javascript_class = {"mamba": "Mamba", "gpt": "GPT"}[model["model"]]
-        flags = ["--teacherless"] if model["config"]["teacherless"] else []
-        args = settings("--model", model["model"], *flags)
-        ours = train.build_model(args, star)
-        weights = {
-            name: read_tensor(tensor, ours.state_dict()[name].shape)
-            for name, tensor in model["tensors"].items()
-        }
-        ours.load_state_dict(weights, strict=False)             # the lm_head is tied
-        prefixes, solutions = train.prefixes_and_solutions(args, *graphs)
-        answers, _, _ = train.predict(args, star, ours, prefixes, solutions)
-        _, forced, _ = train.predict(args, star, ours, prefixes[:20], solutions[:20])
-        if forced is not None:
-            assert forced.tolist() == driver.execute_script(
-                f"const model = new {javascript_class}(arguments[0]);"
-                "return arguments[1].map((pair) => forcedPredictions(model, ...pair));",
-                model, list(zip(prefixes[:20].tolist(), graphs[1][:20].tolist()))
-            )
-        theirs = driver.execute_script(
-            f"const model = new {javascript_class}(arguments[0]);"
-            "return arguments[1].map((prefix) => {"
-            "  const { answer, logits } = generate(model, prefix, 5, arguments[2]);"
-            "  return [answer, logits.map((each) => Array.from(each))];"
-            "});", model, prefixes.tolist(), star.dollar
-        )
-        assert [answer for answer, _ in theirs] == answers.tolist()
-        inputs, _ = train.inputs_and_targets(args, star, prefixes, answers)
-        logits = ours(inputs)[0][:, -5:].detach()
-        torch.testing.assert_close(torch.tensor([x for _, x in theirs]), logits, rtol=0, atol=1e-4)
-
-
-@pytest.mark.browser
-def test_two_models_can_be_asked(browser):
-    """By mouse and by keyboard: a guess, the goal moved, another order, other names."""
-    from selenium.webdriver import Keys
-    driver = browser(1280, HERE / "explore.html")
-
-    def text(selector):
-        return driver.find_element("css selector", selector).text
-
-    def click(selector):
-        driver.execute_script("document.querySelector(arguments[0])"
-                              ".dispatchEvent(new MouseEvent('click'))", selector)
-
-    prefix = text("#tokens")
-    assert text("#live0 .said") == text("#live1 .said") == ""   # not before the guess
-    click("#guesses button")
-    assert "of 1." in text("#guess-score") and "of 1." in text("#live1 .score")
-    driver.find_element("css selector", "#ask-first").send_keys(" ")  # no more guesses
-    click("#live1 .choose")
-    assert "Turned to the new goal in 1 of 1." in text("#live1 .score")
-    start, goal = text("#tokens")[-4:-1].split(",")
-    assert text("#tokens")[:-3] == prefix[:-3] and text("#tokens") != prefix
-    assert text("#live1 .said").startswith(start) and f"→ {goal}." in text("#live1 .said")
-    driver.find_element("css selector", "#live0 .choose").send_keys(Keys.ENTER)
-    assert "of 2." in text("#live0 .score") and text("#tokens") == prefix
-    for _ in range(2):                                          # the focus stays
-        driver.switch_to.active_element.send_keys(" ")
-        assert driver.execute_script("return state.timer") is None  # nothing plays
-    assert "of 4." in text("#live0 .score") and text("#tokens") == prefix
-    click("#new-order")
-    assert "Only the order of the edges changed" in text("#live0 .change")
-    assert sorted(text("#tokens")[:-5].split("|")) == sorted(prefix[:-5].split("|"))
-    click("#new-names")
-    click("#new-graph")
-    assert re.match("Right in [0-8] of 8. Turned to the new goal in [0-4] of 4.$",
-                    text("#live0 .score"))
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("width, theme", [(360, "dark"), (1280, "light")])
-def test_the_story_shows_what_it_says(browser, width, theme):
-    """Each chapter, and again from the address that it leaves."""
-    page = HERE / "explore.html"
-    driver = browser(width, page, theme)
-    color = driver.find_element("css selector", "body").value_of_css_property("background-color")
-    assert (int(re.search(r"\d+", color)[0]) > 128) == (theme == "light")
-    run = data_of(page.read_text())["runs"]
-    left = run["mamba-teacher_forced-seed0"]["evaluations"]
-    teacherless = run["mamba-teacherless-seed0"]["evaluations"]
-    reverse = run["mamba-reverse-seed0"]["evaluations"]
-    at_400 = [evaluation for evaluation in teacherless if evaluation["step"] == 400][0]
-    path = run["mamba-teacherless-seed0"]["graphs"][7]["path"]
-    wrong_first_hop = [node == right for node, right in zip(at_400["answers"][7], path)]
-    assert wrong_first_hop == [True, False, True, True, True]
-    assert min(left[-1]["forced"][2:]) >= 99.5                  # the cheat
-    shares = [(left[0], teacherless[0]), (left[-1], teacherless[-1]), (left[-1], None),
-              (None, at_400), (left[-1], reverse[-1])]
-    for chapter, expected in enumerate(shares):
-        driver.execute_script(
-            "document.querySelectorAll('#chapters button')[arguments[0]].click()", chapter
-        )
-        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
-        for _ in range(2):
-            for panel, evaluation in enumerate(expected):
-                if evaluation is not None:
-                    shown = driver.find_element("css selector", f"#panel{panel} .share").text
-                    assert shown == f"{evaluation['accuracy']:.1f} %"
-            driver.refresh()
-    button = "document.querySelectorAll('#chapters button')[2]"
-    text = driver.execute_script(f"{button}.click(); return byId('chapter').textContent")
-    assert "“Node by node”" in text
-    assert driver.find_element("css selector", "#panel1 table").is_displayed()
-    driver.execute_script("show(1, 'mamba-reverse-seed0')")     # the text would be wrong
-    assert driver.find_element("id", "chapter").text == ""
-    assert driver.execute_script(f"return {button}.ariaPressed") == "false"
-
-
-@pytest.mark.browser
-def test_the_page_shows_what_the_log_says(browser, own_page):
-    """By the slider, by keys and by the menus."""
-    from selenium.webdriver import ActionChains, Keys
-    from selenium.webdriver.support.ui import Select
-    page, logs = own_page
-    forced, own_graphs, teacherless = logs.values()
-    driver = browser(1100, page)
-
-    def press(*keys):
-        ActionChains(driver).send_keys(*keys).perform()
-
-    for at in (0, 1, 3):
-        driver.execute_script(
-            "const slider = document.getElementById('slider'); slider.value = arguments[0];"
-            "slider.dispatchEvent(new Event('input'));", at
-        )
-        assert shown_in(driver, 0, forced) == in_log(forced, min(at, 2), 0)
-        assert shown_in(driver, 1, teacherless) == in_log(teacherless, at, 0)
-    press(Keys.ARROW_LEFT, Keys.ARROW_LEFT, "4")
-    assert shown_in(driver, 0, forced) == in_log(forced, 1, 3)
-    assert shown_in(driver, 1, teacherless) == in_log(teacherless, 1, 3)
-    play = driver.find_element("id", "play")
-    press(" ")
-    assert "Pause" in play.text
-    press(" ")
-    assert "Play" in play.text
-    menu = Select(driver.find_element("css selector", "#panel0 .objective"))
-    menu.select_by_visible_text("reversed")
-    assert shown_in(driver, 0, own_graphs)[1] in [in_log(own_graphs, i, 3)[1] for i in range(3)]
-    assert driver.find_element("id", "differ").is_displayed()
-
-
-@pytest.mark.browser
-def test_each_entry_of_the_menus_shows_such_a_run(browser):
-    """A model and an objective. The keys go on working after each choice."""
-    from selenium.webdriver import ActionChains, Keys
-    from selenium.webdriver.support.ui import Select
-    driver = browser(1280, HERE / "explore.html")
-    runs = data_of((HERE / "explore.html").read_text())["runs"]
-    kinds = {(run["model"], run["objective"]) for run in runs.values()}
-    for model, objective in sorted(kinds):
-        for menu, entry in ((".model", model), (".objective", objective)):
-            choice = Select(driver.find_element("css selector", f"#panel0 {menu}"))
-            choice.select_by_visible_text(entry)
-        title = driver.find_element("css selector", "#panel0 .title").text
-        assert title == f"{model}, {objective}"
-        before = driver.execute_script("return state.at")
-        ActionChains(driver).send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT, "3").perform()
-        assert driver.execute_script("return [state.at, state.graph]") == [max(before - 2, 0), 2]
-        assert driver.find_element("css selector", "#panel0 .title").text == title
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("width", [360, 768, 1400])
-def test_the_page_fits(browser, own_page, width):
-    """Nothing overflows, whichever run is shown."""
-    page, logs = own_page
-    driver = browser(width, page)
-    for name in logs:
-        driver.execute_script("show(0, arguments[0]);", name)
-        assert driver.execute_script("return document.documentElement.scrollWidth") <= width, name
-
-
-@pytest.mark.browser
-def test_a_long_path_can_be_read_on_a_phone(browser, tmp_path):
-    """Graph and table are wider than the page then. They scroll, and the page does not."""
-    size = ("--deg", 2, "--path_len", 12, "--num_nodes", 24)
-    assert call(train, *TINY, *size, "--out_dir", tmp_path) == 0
-    assert call(explore, tmp_path) == 0
-    driver = browser(360, tmp_path / "explore.html")
-    assert driver.execute_script("return document.documentElement.scrollWidth") <= 360
-    for part in ("graph svg", "table table"):
-        width = f"return document.querySelector('#panel0 .{part}').clientWidth"
-        assert driver.execute_script(width) > 600, part
