@@ -1,27 +1,27 @@
 """The path-star task (Bachmann & Nagarajan 2024, arXiv 2403.06963, figure 1).
 
 A path-star graph G(deg, path_len) has a start node with `deg` arms. Each arm, with the start, is a
-path of `path_len` nodes. Nodes carry different names, drawn from 0 .. num_nodes - 1. The last node
-of one arm is the goal. The task: given the edges in random order, the start and the goal, write
-the path from start to goal.
+path of `path_len` nodes. The nodes have different names, drawn from 0 .. num_nodes - 1. The last
+node of one arm is the goal. The task: given the edges in random order, the start and the goal,
+write the path from start to goal.
 
 As text, one graph a line:  32,3|16,12|3,19|32,34|34,6|6,16|19,47|47,28/32,12=32,34,6,16,12
 
 As tokens: node k is k, `|` is num_nodes, `=` is num_nodes + 1, `/` is num_nodes + 2. Commas are
-not tokens. `$` is num_nodes + 3: it stands in for target tokens in teacherless training. All up to
-and with `=` is the prefix, 3 deg (path_len - 1) + 3 tokens. The path, path_len tokens, follows it.
+not tokens. `$` is num_nodes + 3, and stands in for target tokens in teacherless training. The
+prefix, 3 deg (path_len - 1) + 3 tokens, ends with `=`. The path, path_len tokens, follows it.
 
     python data.py --deg 2 --path_len 5 --num_nodes 10 -n 3 --seed 0        prints three graphs
 """
 import argparse
-import errno
 import functools
 import math
-import os
 import re
-import sys
+import signal
 
 import numpy as np
+
+MAX_NODES = 100_000  # to draw a graph is to shuffle all names
 
 
 class PathStar:
@@ -37,10 +37,10 @@ class PathStar:
         self.path_len = path_len
         self.num_nodes = num_nodes
         self.n_edges = deg * (path_len - 1)
-        if num_nodes < self.n_edges + 1:
+        if not self.n_edges + 1 <= num_nodes <= MAX_NODES:
             raise ValueError(
-                f"num_nodes must be at least {self.n_edges + 1}, the nodes of a graph with "
-                f"deg {deg} and path_len {path_len}, got {num_nodes}"
+                f"num_nodes must be from {self.n_edges + 1}, the nodes of a graph with deg {deg} "
+                f"and path_len {path_len}, to {MAX_NODES}, got {num_nodes}"
             )
         self.prefix_len = 3 * self.n_edges + 3
         self.pipe = num_nodes
@@ -53,10 +53,9 @@ class PathStar:
         return f"G({self.deg},{self.path_len}) with {self.num_nodes} names"
 
     def count(self):
-        """The number of different graphs. The order in which the edges are listed does not count.
-        """
+        """The number of different graphs, whatever the order in which their edges are listed."""
         names = math.perm(self.num_nodes, self.n_edges + 1)
-        # Nor does the order of the arms. The end of each of them can be the goal.
+        # The order of the arms makes no difference either. The end of each of them can be the goal.
         return names // math.factorial(self.deg) * self.deg
 
 
@@ -64,7 +63,7 @@ class PathStar:
 
 
 def draw(star, n, rng):
-    """Draws n graphs independently -> prefixes (n, prefix_len), paths (n, path_len), int64."""
+    """Draws n graphs independently -> prefixes (n, prefix_len), paths (n, path_len), int64"""
     every_name = np.tile(np.arange(star.num_nodes), (n, 1))
     names = rng.permuted(every_name, axis=1)[:, :star.n_edges + 1]
     start = names[:, :1]
@@ -75,19 +74,13 @@ def draw(star, n, rng):
     edges = np.stack([tails, heads], axis=3).reshape(n, star.n_edges, 2)
     order = rng.permuted(np.tile(np.arange(star.n_edges), (n, 1)), axis=1)
     edges = np.take_along_axis(edges, order[:, :, None], axis=1)
-    # Names and edges are in random order. So the goal may always be on the first arm.
+    # The goal may always be on the first arm, because names and edges are in random order.
     paths = np.concatenate([start, arms[:, 0]], axis=1)
     return prefix_tokens(star, edges, paths), paths
 
 
 def prefix_tokens(star, edges, paths):
-    """edges (n, n_edges, 2), paths (n, path_len) -> prefixes (n, prefix_len)
-
-    Raises ValueError for a node that is not below num_nodes.
-    """
-    largest = edges.max(initial=0)
-    if largest >= star.num_nodes:
-        raise ValueError(f"node {largest} is out of range: names go up to {star.num_nodes - 1}")
+    """edges (n, n_edges, 2), paths (n, path_len) -> prefixes (n, prefix_len)"""
     prefixes = np.full((len(paths), star.prefix_len), star.pipe)
     prefixes[:, 0:-3:3] = edges[:, :, 0]
     prefixes[:, 1:-3:3] = edges[:, :, 1]
@@ -99,12 +92,12 @@ def prefix_tokens(star, edges, paths):
 
 
 def edges_of(prefix):
-    """The edges [(tail, head), ...] in the tokens of a prefix, a list."""
+    """The tokens of a prefix, a list -> its edges [(tail, head), ...]"""
     return list(zip(prefix[0:-3:3], prefix[1:-3:3]))
 
 
 def find_arms(edges, start):
-    """-> the arms [[start, ..., end], ...] of a graph with these edges [(tail, head), ...]"""
+    """The edges [(tail, head), ...] of a graph -> its arms [[start, ..., end], ...]"""
     after = {tail: head for tail, head in edges if tail != start}
     arms = []
     for tail, head in edges:
@@ -119,8 +112,8 @@ def find_arms(edges, start):
 def move_goals(prefixes):
     """The same graphs, with the end of another arm as the goal.
 
-    prefixes (n, prefix_len) of graphs with two or more arms -> prefixes in which only the goal is
-    another, and the paths to it (n, path_len)
+    prefixes (n, prefix_len) of graphs with two or more arms -> prefixes that differ in the goal
+    alone, and the paths to it (n, path_len)
     """
     moved = prefixes.copy()
     paths = []
@@ -138,27 +131,28 @@ def move_goals(prefixes):
 
 
 def graph_keys(star, prefixes):
-    """One bytes object for each graph. Prefixes of the same graph have the same one.
+    """prefixes (n, prefix_len) -> n bytes objects, equal for prefixes of the same graph
 
-    It holds the edges as a set, the start and the goal: the order of the edges does not count.
+    A key holds the edges as a set, the start and the goal, so the order of the edges does not
+    matter.
     """
     edges = np.sort(prefixes[:, 0:-3:3] * star.num_nodes + prefixes[:, 1:-3:3], axis=1)
     rows = np.concatenate([edges, prefixes[:, -3:-1]], axis=1)
     return [row.tobytes() for row in rows]
 
 
-def draw_unseen(star, n, rng, seen, distinct=True):
-    """Draws n graphs without a key in the set `seen` -> prefixes, paths.
+def draw_unseen(star, n, rng, seen):
+    """Draws n different graphs whose keys are not in the set `seen` -> prefixes, paths
 
-    With `distinct`, no two of them are alike either. Raises ValueError if there are too few.
+    Raises ValueError if there are too few.
     """
-    # One at least, also for n = 0: with --n_train 0 the steps draw theirs later.
-    needed = len(seen) + (max(n, 1) if distinct else 1)
-    if needed > star.count():
-        raise ValueError(f"there are only {star.count()} different graphs {star}, not {needed}")
-    at_once = max(1, (1 << 18) // star.num_nodes)               # they stay in the cache then
+    if len(seen) + n > star.count():
+        raise ValueError(
+            f"there are only {star.count()} different graphs {star}, not {len(seen) + n}"
+        )
+    at_once = max(1, (1 << 18) // star.num_nodes)               # so many stay in the cache
     seen = set(seen)
-    parts = [draw(star, 0, rng)]                                # no graphs, so that n may be 0
+    parts = []
     missing = n
     while missing > 0:
         prefixes, paths = draw(star, min(missing, at_once), rng)
@@ -166,48 +160,22 @@ def draw_unseen(star, n, rng, seen, distinct=True):
         for i, key in enumerate(graph_keys(star, prefixes)):
             if key not in seen:
                 new.append(i)
-                if distinct:
-                    seen.add(key)
+                seen.add(key)
         parts.append((prefixes[new], paths[new]))
         missing -= len(new)
     prefixes, paths = zip(*parts)
     return np.concatenate(prefixes), np.concatenate(paths)
 
 
-def datasets(deg, path_len, num_nodes, n_train, n_test, seed, train_file=None, test_file=None):
-    """Reads or draws a training set and a test set.
+def datasets(star, n_train, n_test, seed):
+    """Draws a training set and a test set that share no graph -> (prefixes, paths) of each
 
-    A set is the first n graphs of its file (n None: all). Without a file, n graphs are drawn from
-    the seed: no two are alike, and none is in the other set. Of what a file determines, deg,
-    path_len and num_nodes may be None.
-
-    Returns the PathStar; (prefixes, paths) for training; (prefixes, paths) for testing.
-    Raises ValueError for a malformed file, for sizes that contradict each other, and if there are
-    too few different graphs; OSError for a file that cannot be read.
+    Raises ValueError if there are too few different graphs.
     """
-    size = deg, path_len
-    read = {}
-    for name, file, n in (("train", train_file, n_train), ("test", test_file, n_test)):
-        if file is not None:
-            edges, paths, size = read_graphs(file, n, size)
-            read[name] = edges, paths
-    if num_nodes is None:
-        num_nodes = 1 + max(int(edges.max()) for edges, _ in read.values())
-    star = PathStar(*size, num_nodes)
-    for name, (edges, paths) in read.items():
-        read[name] = prefix_tokens(star, edges, paths), paths
-
-    train, test = read.get("train"), read.get("test")
-    train_keys = set() if train is None else set(graph_keys(star, train[0]))
-    if test is None:
-        test = draw_unseen(star, n_test, np.random.default_rng([seed, 1]), train_keys)
-    test_keys = graph_keys(star, test[0])
-    if train is None:
-        train = draw_unseen(star, n_train, np.random.default_rng([seed, 0]), set(test_keys))
-    overlap = sum(key in train_keys for key in test_keys)
-    if overlap > 0:
-        print(f"warning: {overlap} of the test graphs are training graphs", file=sys.stderr)
-    return star, train, test
+    test_set = draw_unseen(star, n_test, np.random.default_rng([seed, 1]), set())
+    test_keys = set(graph_keys(star, test_set[0]))
+    train_set = draw_unseen(star, n_train, np.random.default_rng([seed, 0]), test_keys)
+    return train_set, test_set
 
 
 @functools.lru_cache(maxsize=2)
@@ -216,10 +184,10 @@ def epoch_order(n, seed, epoch):
 
 
 def batch_indices(n, batch_size, seed, step):
-    """Which of n training graphs a step sees.
+    """-> (batch_size,): which of n training graphs a step sees
 
-    Epochs follow each other without a gap, each in an order of its own. The batch depends on
-    nothing but seed and step, so a resumed run sees the same batches.
+    Epochs follow each other without a gap, each in an order of its own. The batch depends on seed
+    and step alone, so a resumed run sees the same batches.
     """
     places = np.arange(step * batch_size, (step + 1) * batch_size)
     indices = np.empty(batch_size, dtype=np.int64)
@@ -237,16 +205,16 @@ LINE = re.compile(rf"({EDGE}(?:\|{EDGE})*)/({NODE}),({NODE})=({NODE}(?:,{NODE})*
 
 
 def to_text(prefix, path=()):
-    """The text form of a graph, given its tokens as lists. Without a path it ends with `=`."""
+    """The tokens of a prefix and a path, lists -> the text form. Without a path it ends with `=`"""
     edges = "|".join(f"{tail},{head}" for tail, head in edges_of(prefix))
     start, goal = prefix[-3], prefix[-2]
     return f"{edges}/{start},{goal}=" + ",".join(map(str, path))
 
 
-def parse_graph(line):
-    """A graph in text form, with its path or without -> edges [(tail, head), ...], path.
+def from_text(star, line):
+    """The text form, with the path or without -> a prefix (prefix_len,) and its path (path_len,)
 
-    Raises ValueError for a line that is not a path-star graph, and for a wrong path.
+    Raises ValueError for a line that is not a path-star graph of these sizes, or has a wrong path.
     """
     match = LINE.fullmatch(line.strip())
     if not match:
@@ -256,96 +224,42 @@ def parse_graph(line):
         tail, head = edge.split(",")
         edges.append((int(tail), int(head)))
     start, goal = int(match[2]), int(match[3])
-    entered = [start] + [head for _, head in edges]
-    if len(set(entered)) < len(entered):
+    nodes = [start] + [head for _, head in edges]
+    if len(set(nodes)) < len(nodes):
         raise ValueError("not a star: an edge leads to the start, or two lead to the same node")
     arms = find_arms(edges, start)
     if sum(len(arm) - 1 for arm in arms) < len(edges):
         raise ValueError(f"not a star: some edges are on no arm of the start {start}")
-    if len({len(arm) for arm in arms}) > 1:
-        raise ValueError("not a star: its arms differ in length")
-    for path in arms:
-        if path[-1] == goal:
-            break
-    else:
-        raise ValueError(f"the goal {goal} is not the end of an arm")
-    if match[4] is not None and [int(node) for node in match[4].split(",")] != path:
-        raise ValueError(f"the path {match[4]} is not the arm from {start} to {goal}")
-    return edges, path
-
-
-def read_graphs(file, n=None, size=(None, None)):
-    """The first n graphs of a file (None: all), which have the size (deg, path_len).
-
-    A size that is None is that of the first graph. Returns edges (n, n_edges, 2), paths (n,
-    path_len), and the size. Raises ValueError, with the file's name and the line's number, for a
-    line that is not such a graph with its path, and if there are fewer than n.
-    """
-    all_edges, paths = [], []
-    with open(file, encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if len(paths) == n:
-                break
-            if line.isspace():
-                continue
-            try:
-                edges, path = parse_graph(line)
-                if line.strip().endswith("="):
-                    raise ValueError("the path is missing")
-                size_here = len(edges) // (len(path) - 1), len(path)
-                for name, given, here in zip(("deg", "path_len"), size, size_here):
-                    if given not in (None, here):
-                        raise ValueError(f"a graph with {name} {here}, where {given} is expected")
-                size = size_here
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}: {error}") from None
-            all_edges.append(edges)
-            paths.append(path)
+    if len(arms) != star.deg or any(len(arm) != star.path_len for arm in arms):
+        raise ValueError(f"not a graph G({star.deg},{star.path_len})")
+    if max(nodes) >= star.num_nodes:
+        raise ValueError(f"node {max(nodes)}: names go up to {star.num_nodes - 1}")
+    paths = [arm for arm in arms if arm[-1] == goal]
     if not paths:
-        raise ValueError(f"{file} is empty: expected one graph a line, as in 0,1|0,2/0,2=0,2")
-    if n is not None and len(paths) < n:
-        raise ValueError(f"{file} has {len(paths)} graphs, fewer than the {n} asked for")
-    return np.array(all_edges), np.array(paths), size
+        raise ValueError(f"the goal {goal} is not the end of an arm")
+    if match[4] is not None and match[4] != ",".join(map(str, paths[0])):
+        raise ValueError(f"the path {match[4]} is not the arm from {start} to {goal}")
+    paths = np.array(paths)
+    return prefix_tokens(star, np.array([edges]), paths)[0], paths[0]
 
 
 # ---- Command line
 
 
-def bounded(kind, low, high=10 ** 9):
-    """A type for argparse's flags: numbers of a kind, from `low` up and below `high`."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"must be from {low} up and below {high:g}")
-        return value
-
-    parse.__name__ = kind.__name__                              # argparse names it in its messages
-    return parse
+def non_negative_int(text):
+    """A type for argparse's flags."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return value
 
 
-positive_int = bounded(int, 1)
-non_negative_int = bounded(int, 0)
-
-
-def run_script(main):
-    """Runs the main function of a script.
-
-    Ctrl-C, a closed pipe (`| head`) and a full disk end it without a traceback.
-    """
-    sys.stdout = sys.stdout or open(os.devnull, "w")            # it may be closed from the start
-    if hasattr(sys.stdout, "reconfigure"):                      # a notebook's lacks it
-        sys.stdout.reconfigure(errors="backslashreplace")       # for names that it cannot encode
-    try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
-            raise
-        # Python flushes stdout once more when it exits. Let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1 if error.errno == errno.EPIPE else f"cannot write: {error.strerror}")
+def positive_int(text):
+    """A type for argparse's flags."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
 
 
 def main():
@@ -358,21 +272,20 @@ def main():
     parser.add_argument("--deg", type=positive_int, default=2, help="arms of a graph")
     parser.add_argument("--path_len", type=positive_int, default=5, help="nodes on a path")
     parser.add_argument("--num_nodes", type=positive_int, default=10, help="names to draw from")
-    parser.add_argument("-n", type=non_negative_int, default=1, help="number of graphs")
+    parser.add_argument("-n", type=positive_int, default=1, help="number of graphs")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the random numbers")
     args = parser.parse_args()
-    rng = np.random.default_rng([args.seed, 3])                 # no run of train.py uses this one
-    missing = args.n
     try:
         star = PathStar(args.deg, args.path_len, args.num_nodes)
-        while missing > 0:
-            prefixes, paths = draw(star, min(missing, 10_000), rng)
-            for prefix, path in zip(prefixes.tolist(), paths.tolist()):
-                print(to_text(prefix, path))
-            missing -= len(paths)
-    except (ValueError, MemoryError) as error:
-        parser.error(str(error) or "not enough memory")
+    except ValueError as error:
+        parser.error(str(error))
+    rng = np.random.default_rng([args.seed, 3])                 # no run of train.py uses this one
+    for _ in range(args.n):
+        prefixes, paths = draw(star, 1, rng)
+        print(to_text(prefixes[0].tolist(), paths[0].tolist()))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it in silence
+    main()

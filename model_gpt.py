@@ -3,20 +3,20 @@
 B  batch        T  tokens        C  n_embd, the width        vocab_size  number of tokens
 S  keys         d  C / n_head, the width of a head
 
-The blocks can be run n_loop times in turn, with the same weights each time: a looped model
-(Dehghani et al. 2018, arXiv 1807.03819; Saunshi et al. 2025, arXiv 2502.17416). What it learns for
-one step of a chain of look-ups is there for all other steps.
+The stack of blocks can be applied n_loop times with the same weights: a looped model (Dehghani et
+al. 2018, arXiv 1807.03819; Saunshi et al. 2025, arXiv 2502.17416). Each time is called a pass. A
+chain of equal steps suits it, because what the blocks learn for one step serves in every pass.
 
 Parameters have the names and shapes of nanoGPT, so GPT-2's weights load with `strict=True` once
-its Conv1D matrices are transposed. There is no dropout. The GELU is exact, as in nanoGPT. GPT-2
-approximates it by a tanh, which is slow on a CPU; `approximate="tanh"` in the MLP does the same.
-Training starts from other weights than GPT-2's in three ways:
-- The table of positions begins as sinusoids, not as noise, and larger than the other weights.
-  Attention to "the token one to the left" is then easy to express.
+its Conv1D matrices are transposed. (A file without lm_head.weight, as transformers writes it, needs
+a copy of transformer.wte.weight under that name.) There is no dropout. The GELU is exact, as in
+nanoGPT. GPT-2 approximates it by a tanh, which is slow on a CPU; `approximate="tanh"` in the MLP
+does the same. The weights with which training starts differ from GPT-2's in three ways:
+- The table of positions begins as sinusoids, not as noise, and larger than the other weights, so
+  that attention to "the token one to the left" is easy to express.
 - The matrices begin larger in a narrow model. At GPT-2's width they begin as GPT-2's do.
-- What block i adds to the residual stream is at first scaled by 1 / i. (GPT-2: by
-  1 / sqrt(2 n_layer) in all blocks.) With this, tasks of several look-ups in a row were learned
-  sooner here.
+- What block i adds to the residual stream is at first scaled by 1 / i, which leaves the first block
+  as it is. (GPT-2 scales by 1 / sqrt(2 n_layer) in all blocks.)
 """
 import math
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_loop: int = 1           # times that the blocks are run
+    n_loop: int = 1           # passes through the blocks
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -63,7 +63,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
 
     def forward(self, x, cache=None):
-        """x (B, T, C) -> the same shape, and the cache: keys and values (B, n_head, S, d) so far.
+        """x (B, T, C) -> the same shape, and the cache: keys and values (B, n_head, S, d) so far
 
         Given a cache, x continues the tokens that led to it.
         """
@@ -111,14 +111,17 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(dict(
+        transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd),
         ))
+        # The embedding is the output matrix, too. lm_head is its second name in GPT-2's files. It
+        # stands before the rest, so that loading ends with the embedding, which is used.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight           # tied
+        self.lm_head.weight = transformer.wte.weight
+        self.transformer = transformer
         self.init_weights()
 
     @torch.no_grad()
@@ -137,10 +140,10 @@ class GPT(nn.Module):
             block.mlp.c_proj.weight.div_(i)
 
     def hidden_states(self, idx, caches=None):
-        """idx (B, T) -> the last block's output, normed (B, T, C), and the caches.
+        """idx (B, T) -> the last block's output, normed (B, T, C), and the caches
 
-        There is one cache for each time that a block is run. Given the caches, idx continues the
-        tokens that led to them. Raises ValueError if the sequence is longer than block_size.
+        Each block has one cache for each pass. Given the caches, idx continues the tokens that led
+        to them. Raises ValueError if the sequence is longer than block_size.
         """
         blocks = list(self.transformer.h) * self.config.n_loop
         seen = 0
@@ -161,27 +164,26 @@ class GPT(nn.Module):
             new_caches.append(cache)
         return self.transformer.ln_f(x), new_caches
 
+    def logits(self, x):
+        """x (B, T, C) -> (B, T, vocab_size)"""
+        return F.linear(x, self.transformer.wte.weight)
+
     def forward(self, idx, targets=None):
-        """idx (B, T) int64 token ids -> logits (B, T, vocab_size), and the loss.
+        """idx (B, T) int64 token ids -> logits (B, T, vocab_size), and the loss
 
         targets (B, T) has the token to predict at each position, or -1 where there is none. The
         loss is the mean cross-entropy in nats; without targets it is None.
         """
         x, _ = self.hidden_states(idx)
-        logits = self.lm_head(x)
+        logits = self.logits(x)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss
 
-    def load_state_dict(self, state_dict, strict=True, assign=False):
-        """As PyTorch's. Raises ValueError if lm_head and wte, which are one here, differ."""
-        check_tied(state_dict, "lm_head.weight", "transformer.wte.weight")
-        return super().load_state_dict(state_dict, strict, assign)
-
     @torch.no_grad()
     def generate(self, idx, max_new_tokens):
-        """Continues idx (B, T) greedily -> (B, T + max_new_tokens). Each token costs one step.
+        """Continues idx (B, T) greedily, a token at a time -> (B, T + max_new_tokens)
 
         Raises ValueError if there is no token to continue.
         """
@@ -191,19 +193,13 @@ class GPT(nn.Module):
         caches = None
         for _ in range(max_new_tokens):
             x, caches = self.hidden_states(tokens[-1], caches)
-            logits = self.lm_head(x[:, -1:])
+            logits = self.logits(x[:, -1:])
             tokens.append(logits.argmax(dim=2))
         return torch.cat(tokens, dim=1)
 
 
-def check_tied(state_dict, one, other):
-    if one in state_dict and other in state_dict:
-        if not torch.equal(state_dict[one], state_dict[other]):
-            raise ValueError(f"{one} and {other} differ: they are one tensor here")
-
-
 def sinusoids(length, width):
-    """-> (length, width): sines and cosines of the position (Vaswani et al. 2017, section 3.5).
+    """-> (length, width): sines and cosines of the position (Vaswani et al. 2017, section 3.5)
 
     The wavelengths go from 4 tokens to nearly 4 times the length. Those are the distances that
     matter in a table of this length.

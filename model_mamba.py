@@ -1,13 +1,19 @@
 """A Mamba language model, version 1 (Gu & Dao 2023, arXiv 2312.00752).
 
-Each layer mixes a token with the three before it (the convolution). Then it runs a recurrence:
-every channel keeps d_state numbers, and each token decides ("selective") how much of them to
+Each layer mixes a token with the three before it (the convolution). Then it runs a recurrence, in
+which every channel keeps d_state numbers, and each token decides ("selective") how much of them to
 forget, what to write and what to read. The recurrence is the scan of scan_kernel.py.
 
     x -> in_proj -> u, z
     u -> conv1d -> silu -> u
-    u -> x_proj -> dt, B, C         dt -> dt_proj -> delta
+    u -> x_proj -> dt_low, B, C     dt_low -> dt_proj -> delta
     scan(u, delta, A, B, C), times silu(z) -> out_proj -> added to x
+
+On a list of edges `a,b|c,d|...` the convolution joins the two ends of an edge, because it hands
+each token its left neighbour. The token of b can then write a into the state in a direction that depends
+on b, and a later token that knows b reads it there: the edge is asked for by its head. Dummies `$`
+are all the same token, so a layer tells them apart by what else is in the convolution's window: `=`
+for the first three, none but dummies from the fourth on. How a model counts further is not known.
 
 name          in the paper
 L             sequence length. In shapes B is the batch; in the code B and C are the scan's
@@ -15,22 +21,22 @@ delta         Delta, how long a token acts: a large one overwrites the state, a 
               Here it is what Delta is before the scan adds a bias and takes the softplus
 d_model       D, the width of the residual stream. In the code D is the scan's skip connection
 d_inner       E D, the width inside a block (E = expand)
-d_state       N, numbers of state per channel
-dt_rank       R, the rank of the projection that makes Delta ("s_Delta", section 3.6)
+d_state       N, numbers of state per channel; dstate in scan_kernel.py
+dt_low        the input of Delta's projection, of dt_rank numbers (R; "s_Delta", section 3.6)
 d_conv        the width of the causal convolution before the scan (figure 3)
 
-The layers can be run n_loop times in turn, with the same weights each time: a looped model
-(Dehghani et al. 2018, arXiv 1807.03819; Saunshi et al. 2025, arXiv 2502.17416). What it learns for
-one step of a chain of look-ups is there for all other steps.
+The stack of layers can be applied n_loop times with the same weights: a looped model (Dehghani et
+al. 2018, arXiv 1807.03819; Saunshi et al. 2025, arXiv 2502.17416). Each time is called a pass. A
+chain of equal steps suits it, because what the layers learn for one step serves in every pass.
 
 Parameters have the names and shapes of the state-spaces/mamba package, so its published
 checkpoints load with `strict=True`. (They pad the vocabulary to a multiple of 8, as in the default
-of `vocab_size`.) Training starts from other weights than the package's:
-- The embedding, which is the lm_head too, begins with entries of size 1 / sqrt(d_model), not 0.02.
-  In a narrow model 0.02 would drown in what the first layer adds.
-- What layer i adds to the residual stream is at first scaled by 1 / i. (The package: by
-  1 / sqrt(n_layer) in all layers.) With this, tasks of several look-ups in a row were learned
-  sooner here.
+of `vocab_size`.) conv1d and dt_proj are used through their weights alone, so hooks on them are not
+called. The weights with which training starts differ from the package's:
+- The embedding, which is the output matrix too, begins with entries of size 1 / sqrt(d_model), not
+  0.02, which would drown in what the first layer of a narrow model adds.
+- What layer i adds to the residual stream is at first scaled by 1 / i, which leaves the first layer
+  as it is. (The package scales by 1 / sqrt(n_layer) in all layers.)
 - With A_init < 1 states fade more slowly at first, and recall is learned sooner (Trockman et al.
   2024, arXiv 2410.11135).
 """
@@ -50,7 +56,7 @@ class MambaConfig:
     n_layer: int = 24
     d_model: int = 768
     d_state: int = 16
-    n_loop: int = 1           # times that the layers are run
+    n_loop: int = 1           # passes through the layers
     A_init: float = 1.0       # A starts at -A_init (1, ..., d_state)
     d_conv: int = 4
     expand: int = 2
@@ -70,6 +76,7 @@ class MambaBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         d_inner = config.expand * config.d_model
+        self.d_conv = config.d_conv
         self.dt_rank = config.dt_rank
         self.d_state = config.d_state
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
@@ -83,7 +90,6 @@ class MambaBlock(nn.Module):
         A = -config.A_init * torch.arange(1.0, config.d_state + 1).repeat(d_inner, 1)
         self.A_log = nn.Parameter(torch.log(-A))
         self.D = nn.Parameter(torch.ones(d_inner))
-        self.A_log._no_weight_decay = True
 
         # softplus(bias) is log-uniform between dt_min and dt_max.
         bound = config.dt_rank ** -0.5
@@ -94,7 +100,7 @@ class MambaBlock(nn.Module):
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
     def forward(self, x, state=None):
-        """x (B, L, d_model) -> the same shape, and the state after the last token.
+        """x (B, L, d_model) -> the same shape, and the state after the last token
 
         The state is (conv_state, ssm_state): the last d_conv - 1 inputs of the convolution
         (B, d_conv - 1, d_inner), and the scan's state (B, d_inner, d_state). Given a state, x
@@ -102,17 +108,17 @@ class MambaBlock(nn.Module):
         """
         u, z = self.in_proj(x).chunk(2, dim=2)                          # (B, L, d_inner) each
         if state is None:
-            conv_state = u.new_zeros(u.size(0), self.conv1d.kernel_size[0] - 1, u.size(2))
+            conv_state = u.new_zeros(u.size(0), self.d_conv - 1, u.size(2))
             ssm_state = None
         else:
             conv_state, ssm_state = state
         u = torch.cat([conv_state, u], dim=1)
-        conv_state = u[:, x.size(1):]
+        conv_state = u[:, x.size(1):].clone()                           # a view would keep all of u
         u = F.silu(self.convolve(u))                                    # (B, L, d_inner)
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=2)
-        delta = F.linear(dt, self.dt_proj.weight)                       # the scan adds the bias
+        dt_low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=2)
+        delta = F.linear(dt_low, self.dt_proj.weight)                   # the scan adds the bias
         A = -torch.exp(self.A_log)
-        u, delta, B, C, z = [x.mT for x in (u, delta, B, C, z)]         # time comes last now
+        u, delta, B, C, z = [each.mT for each in (u, delta, B, C, z)]   # time comes last now
         y, ssm_state = selective_scan(
             u, delta, A, B, C, self.D, z, self.dt_proj.bias,
             delta_softplus=True, return_last_state=True, initial_state=ssm_state
@@ -122,13 +128,13 @@ class MambaBlock(nn.Module):
     def convolve(self, u):
         """Depthwise convolution over time: u (B, d_conv - 1 + L, d_inner) -> (B, L, d_inner)
 
-        It runs as a 2-d convolution of images of height 1. Conv1d would transpose u and back, and
-        take about twice as long on a CPU.
+        A sum of shifted products, since nn.Conv1d would transpose u and back, and take longer.
         """
-        image = u.mT[:, :, None]                                        # (B, d_inner, 1, L + ...)
-        weight = self.conv1d.weight[:, :, None]
-        y = F.conv2d(image, weight, self.conv1d.bias, groups=u.size(2))
-        return y[:, :, 0].mT
+        L = u.size(1) - self.d_conv + 1
+        y = self.conv1d.bias
+        for i in range(self.d_conv):
+            y = y + self.conv1d.weight[:, 0, i] * u[:, i:i + L]
+        return y
 
 
 class Layer(nn.Module):
@@ -146,23 +152,26 @@ class Mamba(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.backbone = nn.ModuleDict(dict(
+        backbone = nn.ModuleDict(dict(
             embedding=nn.Embedding(config.vocab_size, config.d_model),
             layers=nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
             norm_f=nn.RMSNorm(config.d_model, eps=1e-5),
         ))
+        # The embedding is the output matrix, too. lm_head is its second name in published files. It
+        # stands before the backbone, so that loading ends with the embedding, which is used.
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.lm_head.weight = self.backbone.embedding.weight            # tied
+        self.lm_head.weight = backbone.embedding.weight
+        self.backbone = backbone
         nn.init.normal_(self.lm_head.weight, std=config.d_model ** -0.5)
         with torch.no_grad():
             for i, layer in enumerate(self.backbone.layers, start=1):
                 layer.mixer.out_proj.weight.div_(i)
 
     def hidden_states(self, idx, states=None):
-        """idx (B, L) -> the last layer's output, normed (B, L, d_model), and the states.
+        """idx (B, L) -> the last layer's output, normed (B, L, d_model), and the states
 
-        There is one state for each time that a layer is run. Given the states, idx continues the
-        tokens that led to them.
+        Each layer has one state for each pass. Given the states, idx continues the tokens that led
+        to them.
         """
         layers = list(self.backbone.layers) * self.config.n_loop
         if states is None:
@@ -174,27 +183,26 @@ class Mamba(nn.Module):
             new_states.append(state)
         return self.backbone.norm_f(x), new_states
 
+    def logits(self, x):
+        """x (B, L, d_model) -> (B, L, vocab_size)"""
+        return F.linear(x, self.backbone.embedding.weight)
+
     def forward(self, idx, targets=None):
-        """idx (B, L) int64 token ids -> logits (B, L, vocab_size), and the loss.
+        """idx (B, L) int64 token ids -> logits (B, L, vocab_size), and the loss
 
         targets (B, L) has the token to predict at each position, or -1 where there is none. The
         loss is the mean cross-entropy in nats; without targets it is None.
         """
         x, _ = self.hidden_states(idx)
-        logits = self.lm_head(x)
+        logits = self.logits(x)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss
 
-    def load_state_dict(self, state_dict, strict=True, assign=False):
-        """As PyTorch's. Raises ValueError if lm_head and embedding, which are one here, differ."""
-        check_tied(state_dict, "lm_head.weight", "backbone.embedding.weight")
-        return super().load_state_dict(state_dict, strict, assign)
-
     @torch.no_grad()
     def generate(self, idx, max_new_tokens):
-        """Continues idx (B, L) greedily -> (B, L + max_new_tokens). Each token costs one step.
+        """Continues idx (B, L) greedily, a token at a time -> (B, L + max_new_tokens)
 
         Raises ValueError if there is no token to continue.
         """
@@ -204,12 +212,6 @@ class Mamba(nn.Module):
         states = None
         for _ in range(max_new_tokens):
             x, states = self.hidden_states(tokens[-1], states)
-            logits = self.lm_head(x[:, -1:])
+            logits = self.logits(x[:, -1:])
             tokens.append(logits.argmax(dim=2))
         return torch.cat(tokens, dim=1)
-
-
-def check_tied(state_dict, one, other):
-    if one in state_dict and other in state_dict:
-        if not torch.equal(state_dict[one], state_dict[other]):
-            raise ValueError(f"{one} and {other} differ: they are one tensor here")

@@ -7,57 +7,70 @@
 For each graph it prints
 - the arms, with the probability that the model gives to setting out on each (one that writes from
   goal to start, token by token, has written the later nodes by then);
-- the model's answer, and how sure it is of each node;
-- what it predicts when it is forced, that is, when it reads the true nodes before each place.
+- the model's answer, with the nodes that are not on the path in brackets, and how sure it is of
+  each node;
+- what it predicts when it is forced, that is, when it reads the true nodes before each place;
+- what it would answer after pass 1, 2, ... of its layers, if it is a looped model.
 
 Then come the shares of right answers, and one more question: when the goal moves to the end of
 another arm, and nothing else changes, does the first hop follow it?
 """
 import argparse
 import json
-import os
-import sys
-import time
+import signal
 
 import numpy as np
 
 from data import (
-    bounded, draw_unseen, edges_of, find_arms, graph_keys, non_negative_int, parse_graph,
-    positive_int, prefix_tokens, read_graphs, run_script
+    datasets, draw_unseen, edges_of, find_arms, from_text, graph_keys, non_negative_int,
+    positive_int
 )
-from train import (
-    fresh_graphs, goal_moved, load_checkpoint, load_graphs, objective_of, predict,
-    prefixes_and_solutions, probabilities, summary, verdict
-)
-
-BLUE, ORANGE = 34, 33  # terminal colours: right, wrong
+from train import evaluate, goal_moved, load_checkpoint, objective_of, probabilities, verdict
 
 
-def unseen_graphs(n, seed, ckpt, args):
-    """Draws graphs that the run has neither trained nor stopped on."""
-    star, (train_prefixes, _), (test_prefixes, _) = load_graphs(args, ckpt["header"]["data"])
-    test_keys = set(graph_keys(star, test_prefixes))
-    seen = test_keys | set(graph_keys(star, train_prefixes))
-    if args.n_train == 0:
-        for step in range(ckpt["lines"][-1]["iter"]):
-            prefixes, _ = fresh_graphs(args, star, step, test_keys)
-            seen.update(graph_keys(star, prefixes))
+def unseen_graphs(n, seed, args, star):
+    """Draws graphs that the run has neither trained nor been tested on."""
+    train_set, test_set = datasets(star, args.n_train, args.n_test, args.seed)
+    seen = set(graph_keys(star, train_set[0])) | set(graph_keys(star, test_set[0]))
     return draw_unseen(star, n, np.random.default_rng([seed, 4]), seen)
 
 
-def get_graphs(flags, ckpt, args, star):
-    """The graphs that the flags ask for -> prefixes (n, prefix_len), paths (n, path_len)"""
-    if flags.file is None and flags.graph is None:
-        return unseen_graphs(flags.num_graphs, flags.seed, ckpt, args)
-    if flags.file is not None:
-        edges, paths, _ = read_graphs(flags.file, None, (star.deg, star.path_len))
-        edges, paths = edges[:flags.num_graphs], paths[:flags.num_graphs]
+def get_graphs(flags, args, star):
+    """The graphs that the flags ask for -> prefixes (n, prefix_len), paths (n, path_len)
+
+    Raises ValueError, with the number of the line, for text that is no such graph.
+    """
+    if flags.graph is not None:
+        source, lines = "--graph", [flags.graph]
+    elif flags.file is not None:
+        with open(flags.file, encoding="utf-8-sig") as file:
+            source, lines = flags.file, file.readlines()
     else:
-        edges, path = parse_graph(flags.graph)
-        if (len(edges), len(path)) != (star.n_edges, star.path_len):
-            raise ValueError(f"--graph is not one of {star}, as the model was trained on")
-        edges, paths = np.array([edges]), np.array([path])
-    return prefix_tokens(star, edges, paths), paths
+        return unseen_graphs(flags.num_graphs, flags.seed, args, star)
+    graphs = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            graphs.append(from_text(star, line))
+        except ValueError as error:
+            raise ValueError(f"{source}, line {number}: {error}") from None
+    if not graphs:
+        raise ValueError(f"{source} is empty")
+    prefixes, paths = zip(*graphs[:flags.num_graphs])
+    return np.array(prefixes), np.array(paths)
+
+
+def ask_pass_by_pass(args, star, model, prefixes, paths):
+    """What the model answers after each of its passes: the final norm and the head read them all.
+
+    -> the shares of right tokens, as from `evaluate`, and the answers, for pass 1, 2, ... n_loop
+    """
+    results, all_answers = [], []
+    for n_loop in range(1, args.n_loop + 1):
+        model.config.n_loop = n_loop
+        result, answers, _ = evaluate(args, star, model, prefixes, paths)
+        results.append(result)
+        all_answers.append(answers)
+    return results, all_answers
 
 
 def is_arm(answer, arms):
@@ -65,33 +78,22 @@ def is_arm(answer, arms):
     return any(answer == arm[:len(answer)] for arm in arms)
 
 
-def colored(text, color):
-    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
-        return f"\033[{color}m{text}\033[0m"
-    return text
-
-
-def print_nodes(label, nodes, path, pause=0.0):
+def print_nodes(label, nodes, path):
     """Prints nodes in a row. Those that are not on the path are in brackets."""
-    print(f"{label:>12}", end="")
-    for place, (node, right) in enumerate(zip(nodes, path)):
-        text = f"{node:5}" if node == right else f"{f'[{node}]':>5}"
-        arrow = " ->" if place > 0 else ""
-        print(arrow + colored(text, BLUE if node == right else ORANGE), end="", flush=True)
-        time.sleep(pause)
-    print()
+    texts = []
+    for node, right in zip(nodes, path):
+        texts.append(f"{node:5}" if node == right else f"{f'[{node}]':>5}")
+    print(f"{label:>12}" + " ->".join(texts))
 
 
-def show(graph, names, args, pause):
-    """Prints a graph of the JSON form. Waits `pause` seconds at each node of the answer."""
+def show(graph, names, args):
+    """Prints a graph of the JSON form."""
     path, answer = graph["path"], graph["answer"]
     print("P(first hop)")
     for arm, p in zip(graph["arms"], graph["p_first_hop"]):
         nodes = " ->".join(f"{node:5}" for node in arm)
-        if arm == path:
-            nodes = colored(nodes, BLUE) + "   to the goal"
-        print(f"{p:12.1%}{nodes}")
-    print_nodes("answer", answer, path, pause)
+        print(f"{p:12.1%}{nodes}" + ("   to the goal" if arm == path else ""))
+    print_nodes("answer", answer, path)
     print(f"{'sure':>12}" + "   ".join(f"{share:5.0%}" for share in graph["sure"]))
     wrong = [place for place, node in enumerate(answer) if node != path[place]]
     text = "right"
@@ -103,7 +105,13 @@ def show(graph, names, args, pause):
     print(f"{'':14}{text}")
     if graph["forced"] is not None:
         print_nodes("forced", graph["forced"], path)
+    for i, answer in enumerate(graph["passes"], start=1):
+        print_nodes(f"pass {i}", answer, path)
     print()
+
+
+def print_shares(label, shares):
+    print(f"{label:22}" + "".join(f"{share:10.1%}" for share in shares))
 
 
 def print_result(result, names, args, star):
@@ -111,13 +119,12 @@ def print_result(result, names, args, star):
     print(f"{model}, on {n} graphs {star} (guessing an arm: {1 / star.deg:.1%})")
     print(f"{'':22}" + "".join(f"{name:>10}" for name in [*names, "all"]))
     own = "from $ alone" if args.teacherless else "from its own tokens"
-    for label, key, key_of_all in (
-        (own, "node_accuracy", "accuracy"),
-        ("from the true tokens", "forced_node_accuracy", "forced_accuracy"),
-    ):
-        if result[key] is not None:
-            shares = [*result[key], result[key_of_all]]
-            print(f"{label:22}" + "".join(f"{share:10.1%}" for share in shares))
+    print_shares(own, [*result["node_accuracy"], result["accuracy"]])
+    if result["forced_accuracy"] is not None:
+        shares = [*result["forced_node_accuracy"], result["forced_accuracy"]]
+        print_shares("from the true tokens", shares)
+    for i, each in enumerate(result["passes"], start=1):
+        print_shares(f"after pass {i}", [*each["node_accuracy"], each["accuracy"]])
     if result["cheat_accuracy"] is not None:
         share = result["cheat_accuracy"]
         print(f"{share:.1%} have all nodes after the first hop right, from the true tokens")
@@ -144,7 +151,6 @@ def make_parser():
     add("--num_graphs", type=positive_int, default=1000, help="graphs to judge the model on")
     add("--show", type=non_negative_int, default=3, help="graphs to print")
     add("--seed", type=non_negative_int, default=0, help="of the graphs drawn")
-    add("--pause", type=bounded(float, 0), default=0.0, help="seconds to wait at each node")
     add("--json", action="store_true", help="print one JSON object instead")
     return parser
 
@@ -153,18 +159,22 @@ def main():
     parser = make_parser()
     flags = parser.parse_args()
     try:
-        ckpt, args, star, model = load_checkpoint(flags.out_dir)
-        prefixes, paths = get_graphs(flags, ckpt, args, star)
-    except (ValueError, OSError, MemoryError) as error:
-        parser.error(str(error) or "not enough memory")
+        _, args, star, model = load_checkpoint(flags.out_dir)
+        prefixes, paths = get_graphs(flags, args, star)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
-    prefix_tensor, solutions = prefixes_and_solutions(args, prefixes, paths)
-    answers, forced, _ = predict(args, star, model, prefix_tensor, solutions)
-    result = {"num_graphs": len(paths), **summary(args, answers, forced, paths)}
+    result, answers, forced = evaluate(args, star, model, prefixes, paths)
+    result["num_graphs"] = len(paths)
+    result["verdict"] = verdict(result, args, len(paths))
     result["goal_moved"] = None
     if star.deg > 1:
         result["goal_moved"] = goal_moved(args, star, model, prefixes, answers)
-    p = probabilities(args, star, model, prefix_tensor[:flags.show], answers[:flags.show])
+    p = probabilities(args, star, model, prefixes[:flags.show], answers[:flags.show])
+    result["passes"], pass_answers = [], []
+    if args.n_loop > 1:
+        result["passes"], pass_answers = ask_pass_by_pass(args, star, model, prefixes, paths)
+
     graphs, real_arms = [], 0
     for i, (prefix, path, answer) in enumerate(zip(prefixes, paths.tolist(), answers.tolist())):
         arms = find_arms(edges_of(prefix.tolist()), path[0])
@@ -177,18 +187,20 @@ def main():
                 "answer": answer,
                 "sure": [p[i, place, node].item() for place, node in enumerate(answer)],
                 "forced": None if forced is None else forced[i].tolist(),
+                "passes": [each[i].tolist() for each in pass_answers],
             })
     result["real_arm"] = real_arms / len(paths)
-    result["verdict"] = verdict(result, args, len(paths))
     if flags.json:
         print(json.dumps({**result, "graphs": graphs}))
         return
     hops = ["first hop", *[f"hop {i}" for i in range(2, star.path_len - 1)]]
     names = ["start", *hops, "goal"][:answers.size(1)]
     for graph in graphs:
-        show(graph, names, args, flags.pause)
+        show(graph, names, args)
     print_result(result, names, args, star)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it in silence
+    main()
