@@ -46,11 +46,10 @@ def converted(their_weights):
         for old, new in OUR_NAMES.items():
             name = name.replace(old, new)
         if "queries_linear" in name:
-            parts = []
-            for part in ("queries", "keys", "values"):
-                parts.append(their_weights[their_name.replace("queries", part)])
-            weights[name.replace("queries_linear", "c_attn")] = torch.cat(parts)
-        elif "_linear" not in name:
+            names = [their_name.replace("queries", part) for part in ("queries", "keys", "values")]
+            value = torch.cat([their_weights[name] for name in names])
+            name = name.replace("queries_linear", "c_attn")
+        if "_linear" not in name:
             weights[name] = value
     return weights
 
@@ -123,8 +122,7 @@ def main():
         rows.append([step, f"{their_loss:.7f}", f"{our_loss:.7f}"])
     print(markdown(["step", "loss of theirs", "loss of ours"], rows))
     gap = max(abs(their_loss - our_loss) / their_loss for (their_loss, _), (our_loss, _) in results)
-    theirs, ours = (statistics.median(seconds) for seconds in
-                    ([step[side][1] for step in results] for side in (0, 1)))
+    theirs, ours = (statistics.median(step[i][1] for step in results) for i in range(2))
     print(f"The losses differ by {gap:.1e} of the loss at most. A step of theirs takes "
           f"{theirs / ours:.2f} times as long as one of ours (medians, taking turns).")
 

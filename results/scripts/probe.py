@@ -1,14 +1,13 @@
-"""Looks into teacherless models pass by pass: three tables, as Markdown.
+"""Looks into teacherless models pass by pass: two tables, as Markdown.
 
     python results/scripts/reproduce.py default/mamba-teacherless-seed0
     python results/scripts/probe.py out/reproduce/default/mamba-teacherless-seed0
 
-1. What would the model answer after each pass of its layers? Norm and head read the residual stream
-   after 1, 2, ... passes. The cell is the share of graphs in which a node is right.
-2. What could be known there? A least-squares map from the stream at one position to the node is
-   fitted on 4,000 graphs. The cell is the share of other graphs in which the map finds the node, at
-   the position where it does so most often. A position is named after the node it has to predict.
-3. Which node needs which position? After each pass, the stream at a position is exchanged for that
+1. What could be known after each pass of the layers? A least-squares map from the residual stream
+   at one position to a node is fitted on 4,000 graphs. The cell is the share of other graphs in
+   which the map finds the node, at the position where it does so most often. A position is named
+   after the node that it has to predict. (What the model answers after each pass, sample.py says.)
+2. Which node needs which position? After each pass, the stream at a position is exchanged for that
    of another graph. The cell is the share of graphs in which a node is still right.
 
 Graphs come from a stream of random numbers that no training has. The shares are of 1,000 of them.
@@ -35,21 +34,6 @@ def graphs(args, star):
 
 def last_layer(model):
     return (model.transformer.h if hasattr(model, "transformer") else model.backbone.layers)[-1]
-
-
-def right(model, inputs, nodes):
-    """How often each node is right, as cells."""
-    logits = torch.cat([model(batch)[0] for batch in inputs[N_FIT:].split(125)])
-    answers = logits[:, -nodes.size(1):].argmax(dim=2)
-    return [f"{share:.0%}" for share in (answers == nodes[N_FIT:]).double().mean(dim=0)]
-
-
-def after_each_pass(model, inputs, nodes):
-    rows, n_loop = [], model.config.n_loop
-    for model.config.n_loop in range(1, n_loop + 3):
-        rows.append([model.config.n_loop, *right(model, inputs, nodes)])
-    model.config.n_loop = n_loop
-    return rows
 
 
 def share_found(x, node):
@@ -86,8 +70,10 @@ def exchanges(names, model, inputs, nodes):
             output[0][:, place] = output[0][:, place].roll(1, dims=0)  # that of the graph before
 
         hook = last_layer(model).register_forward_hook(exchange)
-        rows.append([name, *right(model, inputs, nodes)])
+        logits = torch.cat([model(batch)[0] for batch in inputs[N_FIT:].split(125)])
         hook.remove()
+        right = logits[:, -len(names):].argmax(dim=2) == nodes[N_FIT:]
+        rows.append([name, *[f"{share:.0%}" for share in right.double().mean(dim=0)]])
     return rows
 
 
@@ -101,8 +87,7 @@ def main():
         print(f"`{log.command}`, seed {args.seed}, step {log.end['iter']:,}\n")
         names = ["start", *[f"hop {i}" for i in range(1, star.path_len - 1)], "goal"]
         names = names[::-1] if args.reverse else names
-        print(markdown(["answers after pass", *names], after_each_pass(model, *data)))
-        print(markdown(["maps after pass", *names], maps(names, model, *data)))
+        print(markdown(["after pass", *names], maps(names, model, *data)))
         print(markdown(["exchanged at", *names], exchanges(names, model, *data)), flush=True)
 
 

@@ -60,8 +60,8 @@ def obstacle(name):
     log = read_log(LOGS / f"{name}.jsonl")
     if "&&" in log.flags:
         return "it was made by two commands"
-    if log.before is not None and log.before.graph != log.graph:
-        return f"only commit {log.header['commit']} could begin with the weights of another graph"
+    if log.before is not None and log.before.config["num_nodes"] != log.config["num_nodes"]:
+        return f"only commit {log.header['commit']} could begin with the weights for other names"
     return None
 
 
@@ -99,22 +99,17 @@ def make(name, flags):
     return subprocess.run(command, cwd=PROJECT).returncode == 0
 
 
-def end_of(log):
-    return f"{log.end['accuracy']:.1%} at step {log.end['iter']:,}"
-
-
 def compare(log, record):
-    """How a log compares with the record, if there is one: a sentence."""
+    """How a log compares with the record, if there is one."""
     if not record.exists():
         return "there is no record"
     old = read_log(record)
     if log.header["graphs"] != old.header["graphs"]:
-        return f"the record, on other graphs, has {end_of(old)}"
+        return "the record has other graphs"
     for line, other in zip_longest(log.lines, old.lines, fillvalue={"iter": -1}):
         for name in line.keys() & other.keys() - {"elapsed_s"}:
             if line[name] != other[name]:
-                step = max(line["iter"], other["iter"])
-                return f"the record differs from step {step:,} on, it has {end_of(old)}"
+                return f"the record differs from step {max(line['iter'], other['iter']):,} on"
     return "the record is the same"
 
 
@@ -174,7 +169,8 @@ def main():
             print(f"{name} can't be made again: {obstacles[name]}")
         elif make(name, flags):
             log = read_log(PROJECT / OUT / name / "log.jsonl")
-            print(f"{name}: {end_of(log)}; {compare(log, LOGS / f'{name}.jsonl')}", flush=True)
+            said = compare(log, LOGS / f"{name}.jsonl")
+            print(f"{name}: {log.end['accuracy']:.1%} at step {log.end['iter']:,}; {said}")
             if args.record:
                 keep(name, log, made_by)
         else:

@@ -3,10 +3,9 @@
     pip install mambapy==1.2.0
     python results/scripts/speed.py             on a GPU if there is one, else with one CPU thread
 
-The others are the plain loop below under autograd, mambapy's parallel scan, and mamba_ssm's CUDA,
-each if it is installed. All take turns in this process, forward and backward; a time is the median.
-Cells of the others say how many times as long as ours they take. A copy of the inputs u, delta and z
-is the yardstick.
+Beside ours: the plain loop below under autograd, mambapy's parallel scan, mamba_ssm's CUDA, if they
+are installed, and as a yardstick a copy of the inputs u, delta and z. All take turns, forward and
+backward. Their cells say how many times as long as ours they take, from medians.
 """
 import argparse
 import importlib.util
@@ -29,7 +28,7 @@ SIZES = {               # batch, seqlen, dim, dstate
 }
 
 
-# ---- The scans. All get u, delta, A, B, C, D, z, delta_bias, with delta before the softplus
+# All scans get u, delta, A, B, C, D, z, delta_bias, with delta before the softplus.
 
 
 def ours(*inputs):
@@ -131,9 +130,8 @@ def main():
     versions = [f"{name} {version(name)}" for name in ("torch", "triton", "mambapy", "mamba_ssm")
                 if importlib.util.find_spec(name)]
     print(f"Made at commit {commit()}: {machine}, {', '.join(versions)}.\n")
-    columns = ["batch, seqlen, dim, dstate", "dtype", "ours, ms", "plain loop", "mambapy",
-               "mamba_ssm", "copy"]
-    print(markdown(columns, rows), end="")
+    names = ["ours, ms", "plain loop", "mambapy", "mamba_ssm", "copy"]
+    print(markdown(["batch, seqlen, dim, dstate", "dtype", *names], rows), end="")
 
 
 if __name__ == "__main__":
