@@ -13,8 +13,8 @@ from data import PathStar, draw, edges_of, find_arms            # tables.py make
 
 FOLDER = RESULTS / "figures"
 
-# These colours differ for the colour-blind, too, and can be read on white and on black. As in the
-# page, blue is right and orange wrong, and no line has these two.
+# These colours differ for the colour-blind, too, and can be read on white and on black. Blue is
+# right and orange wrong, and no line has these two.
 BLUE = "#2F86C5"
 ORANGE = "#D55E00"
 PURPLE = "#B650A0"
@@ -22,18 +22,12 @@ GREEN = "#009E73"
 OCHRE = "#A8860B"
 GREY = "#808080"
 HOPS = (                # place in the path, name, colour, style
-    (1, "hop 1", PURPLE, "-"),
-    (2, "hop 2", GREEN, "--"),
-    (3, "hop 3", OCHRE, "-."),
-    (4, "goal", GREY, ":"),
+    (1, "hop 1", PURPLE, "-"), (2, "hop 2", GREEN, "--"),
+    (3, "hop 3", OCHRE, "-."), (4, "goal", GREY, ":"),
 )
 SETTINGS = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "savefig.transparent": True,
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "lines.linewidth": 1.6, "savefig.transparent": True,
     "svg.fonttype": "none",
     "svg.hashsalt": "pathstar",  # the same logs give the same file, to the byte
 }
@@ -139,21 +133,17 @@ def draw_cures():
     save(figure, "cures")
 
 
-def draw_node(ax, node, x, y, color):
-    ax.text(
-        x, y, node, ha="center", va="center", color="white", weight="bold",
-        bbox=dict(boxstyle="circle,pad=0.35", color=color)
-    )
-
-
 def draw_arm(ax, arm, y, color):
     """An arm as a row of circles at height y, with arrows between them. It starts at (14, 0)."""
     places = [(14, 0)] + [(14 + 4.5 * i, y) for i in range(1, len(arm))]
     for tail, head in zip(places, places[1:]):
         arrow = dict(arrowstyle="-|>", color=color, shrinkA=9, shrinkB=9, lw=1.5)
         ax.annotate("", head, tail, arrowprops=arrow)
-    for node, (x, height) in list(zip(arm, places))[1:]:
-        draw_node(ax, node, x, height, color)
+    for node, place in zip(arm, places):
+        ax.text(
+            *place, node, ha="center", va="center", color="white", weight="bold",
+            bbox=dict(boxstyle="circle,pad=0.35", color=color)
+        )
 
 
 def draw_objective(ax, y, name, fed, answer, first_hop):
@@ -179,11 +169,10 @@ def draw_task():
     figure, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
     ax.set(xlim=(-1, 39), ylim=(-7.6, 3.6))
     ax.axis("off")
-    draw_arm(ax, path, 1.2, BLUE)
     draw_arm(ax, other_arm, -1.2, GREY)
-    draw_node(ax, path[0], 14, 0, BLUE)
-    for place, (x, y) in enumerate([(14, 1.2), *[(14 + 4.5 * i, 2.4) for i in range(1, 5)]]):
-        ax.text(x, y, ["start", "hop 1", "hop 2", "hop 3", "goal"][place], ha="center")
+    draw_arm(ax, path, 1.2, BLUE)
+    for i, name in enumerate(["start", "hop 1", "hop 2", "hop 3", "goal"]):
+        ax.text(14 + 4.5 * i, 2.4 if i > 0 else 1.2, name, ha="center")
     ax.text(-1, 3.2, "Which arm\nleads to the goal?", va="top", weight="bold")
 
     words = {star.pipe: "|", star.slash: "/", star.equals: "="}

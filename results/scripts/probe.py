@@ -1,16 +1,13 @@
-"""Looks into teacherless models pass by pass: two tables, as Markdown.
+"""When does a teacherless model know which node? A table, as Markdown.
 
     python results/scripts/reproduce.py default/mamba-teacherless-seed0
     python results/scripts/probe.py out/reproduce/default/mamba-teacherless-seed0
 
-1. What could be known after each pass of the layers? A least-squares map from the residual stream
-   at one position to a node is fitted on 4,000 graphs. The cell is the share of other graphs in
-   which the map finds the node, at the position where it does so most often. A position is named
-   after the node that it has to predict. (What the model answers after each pass, sample.py says.)
-2. Which node needs which position? After each pass, the stream at a position is exchanged for that
-   of another graph. The cell is the share of graphs in which a node is still right.
-
-Graphs come from a stream of random numbers that no training has. The shares are of 1,000 of them.
+After each pass of the layers, a least-squares map from the residual stream at one position to a
+node is fitted on 4,000 graphs. The cell is the share of 1,000 other graphs in which the map finds
+the node, at the position where it does so most often. A position is named after the node that it
+has to predict. Graphs come from a stream of random numbers that no training has. (What the model
+answers after each pass, sample.py says.)
 """
 import argparse
 
@@ -32,10 +29,6 @@ def graphs(args, star):
     return torch.cat([prefixes, torch.full_like(nodes[:, 1:], star.dollar)], dim=1), nodes
 
 
-def last_layer(model):
-    return (model.transformer.h if hasattr(model, "transformer") else model.backbone.layers)[-1]
-
-
 def share_found(x, node):
     """In how many of the test graphs a linear map finds the node (n,) in x (n, width)."""
     x = F.pad(x, (0, 1), value=1.0)                             # for the constant of the map
@@ -45,14 +38,14 @@ def share_found(x, node):
 
 
 def maps(names, model, inputs, nodes):
+    layers = model.transformer.h if hasattr(model, "transformer") else model.backbone.layers
     streams = []                                                # after each pass
 
     def keep(layer, inputs, output):
         streams.append(output[0][:, -len(names):])
 
-    hook = last_layer(model).register_forward_hook(keep)
+    layers[-1].register_forward_hook(keep)
     model(inputs)
-    hook.remove()
     rows = []
     for n, x in enumerate(streams, start=1):
         cells = []
@@ -60,20 +53,6 @@ def maps(names, model, inputs, nodes):
             best = max((share_found(x[:, i], node), -i) for i in range(len(names)))
             cells.append(f"{best[0]:.0%}, at {names[-best[1]]}")
         rows.append([n, *cells])
-    return rows
-
-
-def exchanges(names, model, inputs, nodes):
-    rows = []
-    for place, name in enumerate(names[:-1], start=-len(names)):
-        def exchange(layer, inputs, output):
-            output[0][:, place] = output[0][:, place].roll(1, dims=0)  # that of the graph before
-
-        hook = last_layer(model).register_forward_hook(exchange)
-        logits = torch.cat([model(batch)[0] for batch in inputs[N_FIT:].split(125)])
-        hook.remove()
-        right = logits[:, -len(names):].argmax(dim=2) == nodes[N_FIT:]
-        rows.append([name, *[f"{share:.0%}" for share in right.double().mean(dim=0)]])
     return rows
 
 
@@ -88,7 +67,6 @@ def main():
         names = ["start", *[f"hop {i}" for i in range(1, star.path_len - 1)], "goal"]
         names = names[::-1] if args.reverse else names
         print(markdown(["after pass", *names], maps(names, model, *data)))
-        print(markdown(["exchanged at", *names], exchanges(names, model, *data)), flush=True)
 
 
 if __name__ == "__main__":

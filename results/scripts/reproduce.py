@@ -5,15 +5,13 @@
     python results/scripts/reproduce.py --list                              names and commands
     python results/scripts/reproduce.py --commands FILE --record            new runs, to keep
 
-The name of a run is that of its log in results/logs. A record has its command in its first line.
-Those of new runs stand in a file with lines NAME: python train.py ...
+The name of a run is that of its log in results/logs. A record has its command in its first line;
+those of new runs stand in a file with lines NAME: python train.py ...
 
 Runs go to out/reproduce/NAME, and go on where they were interrupted. A run in cures/X/ or
 exercises/X/ is made in a copy of the code, in out/patched/NAME, with results/patches/X.patch if
 there is one. A run with --init_from begins with the weights of another, so make that one first.
-
-All figures but times are compared. Another CPU, number of threads or version of PyTorch rounds
-differently, and a run that waits on a plateau then leaves it at another step.
+All figures but times are compared.
 """
 import argparse
 import json
@@ -48,9 +46,7 @@ def read_commands(file):
     """-> {name: flags of train.py} of a file with lines NAME: python train.py ..."""
     runs = {}
     for line in filter(str.strip, Path(file).read_text().splitlines()):
-        name, _, command = line.partition(": python train.py")
-        if not command:
-            raise ValueError(f"{file}: {line[:60]!r} is not of the form NAME: python train.py ...")
+        name, command = line.split(": python train.py ")
         runs[name] = shlex.split(command)
     return runs
 
@@ -60,9 +56,8 @@ def obstacle(name):
     log = read_log(LOGS / f"{name}.jsonl")
     if "&&" in log.flags:
         return "it was made by two commands"
-    if log.before is not None and log.before.config["num_nodes"] != log.config["num_nodes"]:
+    if log.before and log.before.config["num_nodes"] != log.config["num_nodes"]:
         return f"only commit {log.header['commit']} could begin with the weights for other names"
-    return None
 
 
 def patch_of(name):
@@ -131,10 +126,9 @@ def keep(name, log, made_by):
 
 def print_list(runs):
     for name, flags in runs.items():
-        minutes = read_log(LOGS / f"{name}.jsonl").end["elapsed_s"] / 60
         patch, why = patch_of(name), obstacle(name)
         remark = (f", with {patch.name}" if patch else "") + (f" ({why})" if why else "")
-        print(f"{name:44} {minutes:5.1f} min  python train.py {shlex.join(flags)}{remark}")
+        print(f"{name:44} python train.py {shlex.join(flags)}{remark}")
 
 
 def main():

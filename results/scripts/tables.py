@@ -6,15 +6,14 @@ A table stands between <!-- table NAME --> and <!-- end of table -->. All other 
 A table without logs is left empty. The other scripts read logs with `read_log` and `read_logs`.
 """
 import argparse
-import functools
 import itertools
 import json
-import operator
 import re
 import shlex
 import statistics
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent.parent
@@ -138,10 +137,6 @@ def percent(shares):
     return spread([100 * share for share in shares], "{:.1f}", " %")
 
 
-def loss(values):
-    return spread(values, "{:.3f}")
-
-
 def solved(runs):
     return f"{sum(run.solved_line is not None for run in runs)} of {len(runs)}" if runs else "-"
 
@@ -150,9 +145,8 @@ def solved_by(seeds):
     return lambda runs: solved([run for run in runs if run.config["seed"] in seeds])
 
 
-def at_end(*names, form=percent):
-    """What stands under these names in the last lines."""
-    return lambda runs: form([functools.reduce(operator.getitem, names, run.end) for run in runs])
+def at_end(name, form=percent):
+    return lambda runs: form([run.end[name] for run in runs])
 
 
 def later_nodes(runs):
@@ -173,7 +167,7 @@ def examples_until_solved(runs):
 
 
 def begins_with(runs):
-    """What was another one in the run whose weights these began with: the graph, the objective."""
+    """What was different in the run whose weights these began with."""
     run, before = runs[0], runs[0].before
     if before is None:
         return "-"
@@ -185,10 +179,8 @@ CELLS = {               # of the column with this head
     "A_init": lambda runs: runs[0].config["A_init"] or "-",
     "begins with": begins_with,
     "command": lambda runs: f"`{runs[0].command}`",
-    "d_state": lambda runs: runs[0].config["d_state"] or "-",
     "examples until solved": examples_until_solved,
-    "first hop right": at_end("node_accuracy", 1),
-    "first hop turns to the goal": at_end("goal_moved", "turns"),
+    "first hop right": lambda runs: percent([run.end["node_accuracy"][1] for run in runs]),
     "forced: later nodes": later_nodes,
     "graph": lambda runs: runs[0].graph,
     "hops 1, 2, ...": hops,
@@ -198,13 +190,12 @@ CELLS = {               # of the column with this head
     "paths right": at_end("accuracy"),
     "runs": len,
     "solved": solved,
-    "solved, seeds 0-4": solved_by(range(5)),                   # settings were chosen on these
+    "solved, seeds 0-4": solved_by(range(5)),                   # settings were chosen on them
     "solved, seeds 5-9": solved_by(range(5, 10)),
-    "stays as it was": at_end("goal_moved", "stays"),
     "steps at most": lambda runs: spread([run.config["max_iters"] for run in runs]),
     "steps until it stopped": at_end("iter", form=spread),
-    "test loss": at_end("test_loss", form=loss),
-    "training loss": at_end("train_loss", form=loss),
+    "test loss": at_end("test_loss", form=partial(spread, form="{:.3f}")),
+    "training loss": at_end("train_loss", form=partial(spread, form="{:.3f}")),
 }
 
 
@@ -218,10 +209,6 @@ TABLES = {
         "command | solved, seeds 0-4 | solved, seeds 5-9 | paths right | forced: later nodes | "
         "steps until it stopped"
     ),
-    "goal": (
-        lambda: read_logs("default", only=["teacher-forced", "teacherless"]), "model objective",
-        "model | objective | runs | first hop turns to the goal | stays as it was"
-    ),
     "long": (
         lambda: read_logs("long", "controls", "graphs", only=OBJECTIVES[:2]),
         "objective size model max_iters",
@@ -233,12 +220,6 @@ TABLES = {
         "model n_layer n_loop A_init max_iters",
         "model | layers x passes | A_init | solved | paths right | hops 1, 2, ... | "
         "examples until solved | steps at most"
-    ),
-    "graphs": (
-        lambda: read_logs("graphs", only=["teacherless", "teacherless, reversed"]),
-        "size model objective d_state before",
-        "graph | model | objective | d_state | begins with | solved | paths right | "
-        "hops 1, 2, ... | steps at most"
     ),
     "names50": (
         lambda: read_logs("names50"), "size model objective before",
@@ -266,15 +247,39 @@ def markdown(columns, rows):
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
-def table(name):
-    """A table as text, empty if it has no runs."""
+def rows_of(name):
+    """A row for all runs that have the same key."""
     runs, common, columns = TABLES[name]
-    columns = columns.split(" | ")
     logs = sorted(runs(), key=lambda log: key(log, common))
-    rows = []
+    rows = [columns.split(" | ")]
     for _, group in itertools.groupby(logs, lambda log: key(log, common)):
         group = list(group)
-        rows.append([CELLS[column](group) for column in columns])
+        rows.append([CELLS[column](group) for column in rows[0]])
+    return rows
+
+
+def graphs_rows():
+    """A row for each graph: how many paths are right at the end of each teacherless run."""
+    columns = ["Mamba", "Mamba, goal first", "Transformer", "Transformer, goal first"]
+    logs = read_logs("graphs", only=["teacherless", "teacherless, reversed"])
+    rows = [["graph", *columns]]
+    for _, group in itertools.groupby(sorted(logs, key=size), size):
+        cells = {column: {} for column in columns}
+        for log in group:
+            column = log.model + ", goal first" * log.config["reverse"]
+            after = f"after {log.before.graph.split(', ')[0]}: " if log.before else ""
+            cells[column].setdefault(after, []).append(f"{100 * log.end['accuracy']:.1f}")
+        cells = [
+            "; ".join(f"{after}{', '.join(shares)}" for after, shares in sorted(cell.items()))
+            for cell in cells.values()
+        ]
+        rows.append([log.graph, *cells])
+    return rows
+
+
+def table(name):
+    """A table as text, empty if it has no runs."""
+    columns, *rows = graphs_rows() if name == "graphs" else rows_of(name)
     return markdown(columns, rows) if rows else ""
 
 
@@ -284,10 +289,7 @@ def filled(text):
         return f"<!-- table {found[1]} -->\n{table(found[1])}<!-- end of table -->"
 
     pattern = r"<!-- table (\w+) -->\n(?:(?!<!-- ).*\n)*<!-- end of table -->"
-    new, n = re.subn(pattern, fill, text)
-    if n != new.count("<!-- table ") or n != new.count("<!-- end of table -->"):
-        raise ValueError("a table's marker lacks the other one")
-    return new
+    return re.sub(pattern, fill, text)
 
 
 def main():

@@ -50,52 +50,34 @@ def settings(*flags):
     return args
 
 
-def write_log(name, seed, accuracies, **config):
-    """A record with an evaluation each 100 steps."""
-    config = vars(settings("--seed", seed)) | config
-    lines = [{"command": f"python train.py --seed {seed}", "commit": "abc", "config": config}]
-    for i, accuracy in enumerate(accuracies):
-        lines.append({
-            "iter": 100 * i, "examples": 12_800 * i, "elapsed_s": 60 * i, "accuracy": accuracy,
-            "node_accuracy": [1, accuracy, 0.25, 0.5, 1], "cheat_accuracy": 0.75,
-            "goal_moved": {"turns": accuracy, "stays": 0.125}, "train_loss": 1, "test_loss": 2,
-        })
-    file = tables.LOGS / f"{name}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(map(json.dumps, lines)))
-
-
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.parent.name)
 def test_the_pages_are_those_of_the_logs(page):
     assert tables.filled(page.read_text()) == page.read_text()
 
 
-def test_tables_count_right(tmp_path, monkeypatch):
-    """Of one solved run and one that was not. New folders of records are taken up."""
+@pytest.mark.parametrize("name, row", [     # recomputed from the logs by other code
+    ("default", "`python train.py --model mamba` | 0 of 5 | 0 of 5 | 49.6 % (45.9 - 53.5) | "
+                "99.9 % (99.0 - 100.0) | 1,200"),
+    ("long", "teacher-forced | G(2,5), 10 names | Transformer | 1 | 52.2 % | 99.9 % | 0.087 | "
+             "0.180 | 8,500"),
+    ("loops", "Mamba | 6 x 1 | 0.1 | 3 of 5 | 83.6 % (49.2 - 99.8) | 84, 100, 100 % | 42k | 3,000"),
+    ("graphs", "G(10,5), 43 names |  | after G(5,5): 93.6; after G(7,5): 98.1, 99.4 |  | "),
+    ("cures", "Mamba | token order | 0 of 3 | 59.8 % (50.0 - 78.8) | - | 4,000"),
+])
+def test_tables_count_right(name, row):
+    assert f"| {row} |\n" in tables.table(name)
+    page = "above\n<!-- table {} -->\n{}<!-- end of table -->\nbelow\n"
+    assert tables.filled(page.format(name, "old\n")) == page.format(name, tables.table(name))
+
+
+def test_tables_take_up_new_folders_of_logs(tmp_path, monkeypatch):
+    log = tables.LOGS / "graphs" / "mamba-teacherless-deg2-len5-names23-seed0.jsonl"
     monkeypatch.setattr(tables, "LOGS", tmp_path)
-    for seed, accuracies in ((0, [0, 0.25, 0.5]), (5, [0, 0.989, 0.99, 1])):
-        for folder in ("default", "controls"):
-            write_log(f"{folder}/{seed}", seed, accuracies)
-        for folder in ("passes", "cures/look_ahead"):
-            write_log(f"{folder}/{seed}", seed, accuracies, teacherless=True, n_layer=3, n_loop=2)
-    init_from = "out/reproduce/controls/0"
-    write_log("names50/a", 0, [0, 1], teacherless=True, num_nodes=50, init_from=init_from)
-    graph, ends, hops = "G(2,5), 10 names", ["1 of 2", "75.0 % (50.0 - 100.0)"], "75, 25, 50 %"
-    for name, row in {
-        "default": ["`python train.py`", "0 of 1", "1 of 1", ends[1], "75.0 %", "250 (200 - 300)"],
-        "goal": ["Transformer", "teacher-forced", "2", ends[1], "12.5 %"],
-        "long": ["teacher-forced", graph, "Transformer", "2", ends[1], "75.0 %", "1.000", "2.000",
-                 "1,500"],
-        "loops": ["Transformer", "3 x 2", "-", *ends, hops, "26k", "1,500"],
-        "cures": ["Transformer", "look ahead", *ends, "26k", "1,500"],
-        "names50": ["G(2,5), 50 names", "Transformer", "teacherless", f"{graph}, teacher-forced",
-                    "1 of 1", "100.0 %", "100, 25, 50 %", "13k"],
-    }.items():
-        table = tables.table(name).splitlines()
-        assert [line.strip("| ").split(" | ") for line in table[2:]] == [row]
-        page = "above\n<!-- table {} -->\n{}<!-- end of table -->\nbelow\n"
-        assert tables.filled(page.format(name, "old\n")) == page.format(name, tables.table(name))
-    assert tables.table("graphs") == ""                         # there are no such runs
+    assert tables.table("names50") == ""
+    for folder, table in (("names50", "names50"), ("passes", "loops")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(log, tmp_path / folder)
+        assert "| 0 of 1 | 23.6 % | 49, 48, 100 % |" in tables.table(table)
 
 
 def test_the_figures_are_those_of_the_logs(monkeypatch, tmp_path):
@@ -124,8 +106,7 @@ def test_each_recorded_command_asks_for_the_recorded_run():
 def project(monkeypatch, tmp_path):
     """A copy of the code, in which reproduce.py works. It has no records yet."""
     monkeypatch.setattr(reproduce, "PROJECT", copy_code(tmp_path / "project"))
-    for module in (reproduce, tables):
-        monkeypatch.setattr(module, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(reproduce, "LOGS", tmp_path / "logs")
     return tmp_path
 
 
@@ -159,13 +140,13 @@ def test_runs_are_made_recorded_and_made_again(project, capfd):
         assert says in reproduce.compare(log, record)
 
 
-def test_records_that_cannot_be_made_again(project, capsys):
-    write_log("a", 0, [0.5])
-    write_log("b", 0, [0.5], num_nodes=11, init_from="out/reproduce/a")
-    assert reproduce.obstacle("a") is None
-    assert call(reproduce, "b") == 0
-    assert "only commit abc could begin with the weights for other names" in capsys.readouterr().out
-    assert not (project / "project" / "out").exists()
+def test_records_that_cannot_be_made_again_are_told_apart(capsys):
+    name = "graphs/gpt-teacherless-deg3-len5-after-deg2-seed2"
+    assert call(reproduce, name) == 0
+    told = f"{name} can't be made again: only commit 31e8ccc could begin with the weights"
+    assert capsys.readouterr().out.startswith(told)
+    name = "graphs/gpt-teacherless-reverse-deg2-len5-from-forward-seed2"
+    assert reproduce.obstacle(name) is None                     # it has the same names
 
 
 def test_the_list_names_every_record_and_its_reader_may_stop():
@@ -250,14 +231,17 @@ def cure(name, folder):
     return whole, idx, targets, h, whole.model.lm_head(h)
 
 
-def test_half_and_half_is_the_sum_of_both_losses(tmp_path):
-    model = train.build_model(settings("--n_embd", 16), STAR)
-    forced, targets = batch()
-    teacherless = forced.clone()
-    teacherless[:, STAR.prefix_len:] = STAR.dollar
-    loss = patched_train("half_and_half", tmp_path).half_and_half(model, teacherless, targets)
-    expected = model(teacherless, targets)[1] + model(forced, targets)[1]
-    torch.testing.assert_close(loss, expected)
+@pytest.mark.parametrize("model", ["gpt", "mamba"])
+def test_half_and_half_adds_both_losses(model, tmp_path):
+    """The loss of the first step is the sum of those of the two objectives, from equal weights."""
+    given = [*TINY, "--model", model, "--max_iters", 1, "--eval_interval", 1]
+    losses = []
+    for module, way in ((patched_train("half_and_half", tmp_path), ["--teacherless"]),
+                        (train, ["--teacherless"]), (train, [])):
+        out = tmp_path / str(len(losses))
+        assert call(module, *given, *way, "--out_dir", out) == 0
+        losses.append(tables.read_log(out / "log.jsonl").end["train_loss"])
+    assert losses[0] == pytest.approx(losses[1] + losses[2], abs=1e-5)
 
 
 def mean_of(terms):
