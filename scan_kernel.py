@@ -87,7 +87,6 @@ def by_state(B):
 # memory in each of them took up to twice as long.
 
 
-@torch.no_grad()  # as autograd does around a Function, but for torch.export
 def cpu_forward(x, dt, A, B, C, initial_state):
     """-> y, the last state, and the state before each chunk"""
     batch, seqlen, dim = x.shape
@@ -329,8 +328,20 @@ class Scan(torch.autograd.Function):
         return backward(*ctx.saved_tensors, dy.contiguous(), dlast_state.contiguous())
 
 
+def exportable(x, dt, A, B, C, initial_state):
+    """-> y and the last state, in steps that autograd knows, as a program of torch.export needs"""
+    h = initial_state
+    y = []
+    for t in range(x.shape[1]):
+        h = torch.exp(dt[:, t, None] * A) * h + B[:, t, :, None] * x[:, t, None]
+        y.append((C[:, t, :, None] * h).sum(1))
+    return torch.stack(y, dim=1), h
+
+
 @torch._disable_dynamo  # torch.compiler.disable, without importing the compiler before its use
 def scan(x, dt, A, B, C, initial_state):
+    if torch.compiler.is_exporting():
+        return exportable(x, dt, A, B, C, initial_state)
     return Scan.apply(x, dt, A, B, C, initial_state)
 
 
