@@ -27,13 +27,9 @@ from train import inputs_and_targets
 STEPS, BATCH, LR = 30, 256, 1e-4
 STAR = PathStar(2, 5, 50)
 OUR_NAMES = {
-    "embed_tokens": "transformer.wte",
-    "pos_encoding": "transformer.wpe",
-    "final_layernorm": "transformer.ln_f",
-    "layers": "transformer.h",
-    "attn.proj": "attn.c_proj",
-    "mlp.expand": "mlp.c_fc",
-    "mlp.proj": "mlp.c_proj",
+    "embed_tokens": "transformer.wte", "pos_encoding": "transformer.wpe",
+    "final_layernorm": "transformer.ln_f", "layers": "transformer.h",
+    "attn.proj": "attn.c_proj", "mlp.expand": "mlp.c_fc", "mlp.proj": "mlp.c_proj",
 }
 
 

@@ -36,7 +36,6 @@ for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "
 
 
 def save(figure, name):
-    FOLDER.mkdir(exist_ok=True)
     figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)
 

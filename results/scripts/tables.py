@@ -33,9 +33,6 @@ OBJECTIVES = [
 ]
 
 
-# ---- Reading logs
-
-
 @dataclass
 class Log:
     file: Path
@@ -197,9 +194,6 @@ CELLS = {               # of the column with this head
     "test loss": at_end("test_loss", form=partial(spread, form="{:.3f}")),
     "training loss": at_end("train_loss", form=partial(spread, form="{:.3f}")),
 }
-
-
-# ---- Tables
 
 
 # name: runs, what those in one row have in common, heads of the columns
