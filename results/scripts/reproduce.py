@@ -132,8 +132,6 @@ def print_list(runs):
 
 
 def main():
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --list | head
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # an error is one line then
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -174,4 +172,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `--list | head` ends it in silence
     main()

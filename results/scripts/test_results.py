@@ -133,7 +133,7 @@ def test_runs_are_made_recorded_and_made_again(monkeypatch, tmp_path, capfd):
 
 def test_records_that_cannot_be_made_again_are_told_apart(capsys):
     assert call(reproduce, "graphs/gpt-teacherless-deg3-len5-after-deg2-seed2") == 0
-    assert "can't be made again: only commit 31e8ccc" in capsys.readouterr().out
+    assert "can't be made again: only commit 428629b" in capsys.readouterr().out
     same_names = "graphs/gpt-teacherless-reverse-deg2-len5-from-forward-seed2"
     assert reproduce.obstacle(same_names) is None
 
