@@ -9,7 +9,6 @@ backward. Their cells say how many times as long as ours they take, from medians
 """
 import argparse
 import importlib.util
-import platform
 import statistics
 import time
 from functools import partial
@@ -20,7 +19,8 @@ import torch.nn.functional as F
 
 from tables import markdown
 from reproduce import commit
-from scan_kernel import selective_scan                          # tables.py makes it importable
+from scan_kernel import selective_scan                          # tables.py makes these importable
+from train import make_header
 
 SIZES = {               # batch, seqlen, dim, dstate
     "cpu": [(32, 31, 128, 16), (256, 17, 256, 16), (8, 512, 256, 16)],
@@ -119,10 +119,11 @@ def time_scans(size, device, dtype):
 def main():
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     torch.set_num_threads(1)
-    device, dtypes, machine = "cpu", [torch.float32], f"{platform.machine()}, one thread"
+    device, dtypes = "cpu", [torch.float32]
     if torch.cuda.is_available():
         device, dtypes = "cuda", [torch.float32, torch.bfloat16]
-        machine = torch.cuda.get_device_name()
+    run = argparse.Namespace(device=device, out_dir=None, overwrite=None, resume=None)
+    machine = make_header(run, torch.zeros(2, 0))["machine"]    # as in the logs
     rows = [time_scans(size, device, dtype) for size in SIZES[device] for dtype in dtypes]
     versions = [f"{name} {version(name)}" for name in ("torch", "triton", "mambapy", "mamba_ssm")
                 if importlib.util.find_spec(name)]
