@@ -5,9 +5,8 @@
     python results/scripts/authors.py Next-Token-Failures
 
 The settings are those of the command in their README: deg 2, path length 5, 50 names, 6 layers,
-width 384, 6 heads, batch 256, learning rate 1e-4. Both sides read the same file, in the authors'
-format, each with its own tokenizer. A step of theirs is the body of their training loop. A step of
-ours is that of train.py without clipping of gradients, which theirs does not do.
+width 384, 6 heads, batch 256, learning rate 1e-4. They read the graphs from a file, with their
+tokenizer. A step is the body of their training loop, that of train.py without clipping.
 """
 import argparse
 import contextlib

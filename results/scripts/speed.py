@@ -28,10 +28,8 @@ SIZES = {               # batch, seqlen, dim, dstate
 }
 
 
-# All scans get u, delta, A, B, C, D, z, delta_bias, with delta before the softplus.
-
-
 def ours(*inputs):
+    """All scans get u, delta, A, B, C, D, z, delta_bias, with delta before the softplus."""
     return selective_scan(*inputs, delta_softplus=True)
 
 
@@ -127,7 +125,7 @@ def main():
     rows = [time_scans(size, device, dtype) for size in SIZES[device] for dtype in dtypes]
     versions = [f"{name} {version(name)}" for name in ("torch", "triton", "mambapy", "mamba_ssm")
                 if importlib.util.find_spec(name)]
-    print(f"Made at commit {commit()}: {machine}, {', '.join(versions)}.\n")
+    print(f"Made at commit {commit()}: {machine},\n{', '.join(versions)}.\n")
     names = ["ours, ms", "plain loop", "mambapy", "mamba_ssm", "copy"]
     print(markdown(["batch, seqlen, dim, dstate", "dtype", *names], rows), end="")
 

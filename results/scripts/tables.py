@@ -120,9 +120,6 @@ def cure_runs():
     return [log for log in runs + read_logs("cures") if log.graph == "G(2,5), 10 names"]
 
 
-# ---- Cells: what a table says of the runs in one row
-
-
 def spread(values, form="{:,.0f}", unit=""):
     """The mean (least - greatest)."""
     mean = form.format(statistics.mean(values)) + unit
@@ -136,10 +133,6 @@ def percent(shares):
 
 def solved(runs):
     return f"{sum(run.solved_line is not None for run in runs)} of {len(runs)}" if runs else "-"
-
-
-def solved_by(seeds):
-    return lambda runs: solved([run for run in runs if run.config["seed"] in seeds])
 
 
 def at_end(name, form=percent):
@@ -172,7 +165,7 @@ def begins_with(runs):
     return ", ".join(other for other, own in pairs if other != own)
 
 
-CELLS = {               # of the column with this head
+CELLS = {               # what stands in the column with this head, for the runs of a row
     "A_init": lambda runs: runs[0].config["A_init"] or "-",
     "begins with": begins_with,
     "command": lambda runs: f"`{runs[0].command}`",
@@ -187,8 +180,8 @@ CELLS = {               # of the column with this head
     "paths right": at_end("accuracy"),
     "runs": len,
     "solved": solved,
-    "solved, seeds 0-4": solved_by(range(5)),                   # settings were chosen on them
-    "solved, seeds 5-9": solved_by(range(5, 10)),
+    "solved, seeds 0-4": lambda runs: solved([run for run in runs if run.config["seed"] < 5]),
+    "solved, seeds 5-9": lambda runs: solved([run for run in runs if run.config["seed"] >= 5]),
     "steps at most": lambda runs: spread([run.config["max_iters"] for run in runs]),
     "steps until it stopped": at_end("iter", form=spread),
     "test loss": at_end("test_loss", form=partial(spread, form="{:.3f}")),
@@ -221,8 +214,9 @@ TABLES = {
         "examples until solved"
     ),
     "cures": (
-        cure_runs, "model objective",
-        "model | objective | solved | paths right | examples until solved | steps at most"
+        cure_runs, "objective",
+        "objective | Transformer: solved | Transformer: paths right | Transformer: examples until "
+        "solved | Mamba: solved | Mamba: paths right | Mamba: examples until solved"
     ),
 }
 
@@ -241,6 +235,13 @@ def markdown(columns, rows):
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
+def cell(column, runs):
+    model, _, name = column.partition(": ")
+    if model in MODELS.values():
+        return CELLS[name]([run for run in runs if run.model == model])
+    return CELLS[column](runs)
+
+
 def rows_of(name):
     """A row for all runs that have the same key."""
     runs, common, columns = TABLES[name]
@@ -248,7 +249,7 @@ def rows_of(name):
     rows = [columns.split(" | ")]
     for _, group in itertools.groupby(logs, lambda log: key(log, common)):
         group = list(group)
-        rows.append([CELLS[column](group) for column in rows[0]])
+        rows.append([cell(column, group) for column in rows[0]])
     return rows
 
 

@@ -60,7 +60,8 @@ def test_the_pages_are_those_of_the_logs(page):
              "0.180 | 8,500"),
     ("loops", "Mamba | 6 x 1 | 0.1 | 3 of 5 | 83.6 % (49.2 - 99.8) | 84, 100, 100 % | 42k | 3,000"),
     ("graphs", "G(10,5), 43 names |  | after G(5,5): 93.6; after G(7,5): 98.1, 99.4 |  | "),
-    ("cures", "Mamba | token order | 0 of 3 | 59.8 % (50.0 - 78.8) | - | 4,000"),
+    ("cures", "look ahead | 1 of 3 | 73.8 % (51.8 - 100.0) | 179k | 3 of 3 | 99.7 % (99.6 - 100.0) "
+              "| 64k"),
 ])
 def test_tables_count_right(name, row):
     assert f"| {row} |\n" in tables.table(name)
