@@ -23,7 +23,7 @@ PAGE = (RESULTS / "explore.html").as_uri()
 DATA = json.loads((RESULTS / "explore_data.js").read_text()[len("const DATA = "):-2])
 STAR = PathStar(*[DATA["models"][0]["config"][name] for name in ("deg", "path_len", "num_nodes")])
 MADE = {"mamba": (Mamba, MambaConfig), "gpt": (GPT, GPTConfig)}
-CONTROL, ARROW_LEFT = "\ue009", "\ue012"
+CONTROL, ARROW_LEFT = "\ue009", "\ue012"                        # as selenium calls them
 pytestmark = pytest.mark.browser
 
 
@@ -39,22 +39,20 @@ class Browser:
         self.driver.get("about:blank")
         self.driver.get(page + hash)
 
-    def each(self, selector, what):
+    def each(self, selector, what="x.innerText.trim()"):
         return self.js(f"return [...document.querySelectorAll('{selector}')].map((x) => {what})")
 
-    def texts(self, selector):
-        return self.each(selector, "x.innerText.trim()")
-
     def shown(self):
-        return self.texts("#stage > :not(#notice)"), self.each(".card *", "x.getAttribute('class')")
+        return self.each("#stage > :not(#notice)"), self.each(".card *", "x.getAttribute('class')")
 
     def press(self, keys, selector="body"):
         self.driver.find_element("css selector", selector).send_keys(keys)
 
     def until(self, condition):
-        ends = time.time() + 30
+        ends = time.time() + 120
         while not condition():
             assert time.time() < ends
+            time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +66,7 @@ def browser():
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking"):
         options.add_argument(f"--{flag}")
     driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
+    driver.set_script_timeout(120)
     yield Browser(driver)
     errors = driver.get_log("browser")
     driver.quit()
@@ -75,7 +74,6 @@ def browser():
 
 
 def in_pytorch(data):
-    """A model of the page."""
     def read(text, dtype):
         return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=dtype)
 
@@ -102,7 +100,8 @@ def test_answers_and_passes_are_pytorchs(browser, data):
         return graphs.map((graph) => ({ arms: graph.arms, ...ask(model, graph) }));
     """, [to_text(prefix) for prefix in prefixes.tolist()], DATA["models"].index(data))
     for i, one in enumerate(said):
-        assert one["passes"] == logits[:, i].argmax(2).tolist()
+        chosen = logits[:, i].gather(2, torch.tensor(one["passes"])[:, :, None])[:, :, 0]
+        assert torch.allclose(chosen, logits[:, i].amax(2), atol=1e-3)  # the rounding decides a tie
         shares = logits[:, i, 1].softmax(1)[:, [arm[1] for arm in one["arms"]]]
         assert torch.allclose(torch.tensor(one["odds"]), shares, atol=1e-3)
 
@@ -121,34 +120,34 @@ def test_each_step_shows_its_claim_on_one_screen(browser, kind, theme):
     def punches():
         assert browser.each("#tools", "x.getBoundingClientRect().bottom")[0] <= 720
         places.add(tuple(browser.each(".card > *", "Math.round(x.getBoundingClientRect().top)")))
-        return browser.texts(".punch")
+        return browser.each(".punch")
 
     browser.open(f"#models={kind}", **{"color-scheme": theme})
     assert punches() == ["It walks the wrong arm.", "It finds the path."]
-    hop = browser.texts(".answer .is-wrong")[0]
+    hop = browser.each(".answer .is-wrong")[0]
     browser.press("g")
     assert punches() == [f"Its first hop stays {hop}.", f"Its first hop turns to {hop}."]
     browser.press("g2p")
     for shown in range(1, 1 + DATA["models"][0]["config"]["n_loop"]):
-        browser.until(lambda: len(browser.texts("td.odds")) == 2 * shown + 1)   # row by row
+        browser.until(lambda: len(browser.each("td.odds")) == 2 * shown + 1)   # row by row
         assert punches()[0].startswith("First hop: ")
     assert punches()[1] in ("Found hop 3, then 2, then 1.", "Found hop 3 and 2, then 1.")
     browser.press("3")
     browser.until(lambda: " of 100" in punches()[0])
     left, right = [int(text.split()[2]) for text in punches()]
     assert 25 <= left <= 75 and right >= 95
-    assert len(browser.texts(".dot.wrong")) == 200 - left - right
+    assert len(browser.each(".dot.wrong")) == 200 - left - right
     browser.press("p")
     browser.until(lambda: "100 stay" in punches()[0])
     left, right = [int(text.split()[2]) for text in punches()]
     assert left >= 60 and right <= 5
     browser.press("4")
-    own, forced = [browser.texts(f".card:first-child tr:nth-child({row}) td") for row in (3, 4)]
+    own, forced = [browser.each(f".card:first-child tr:nth-child({row}) td") for row in (3, 4)]
     assert own[1] == forced[1] and set(forced[2:]) <= {"100 %", "99.9 %"}
-    assert "Of 10 runs each, 0 solved it on the left" in browser.texts("#text")[0]
+    assert "Of 10 runs each, 0 solved it on the left" in browser.each("#text")[0]
     browser.press("5")
-    assert punches() and "0 solved it on the left and 10 on the right" in browser.texts("#text")[0]
-    assert browser.texts("h2")[1] == "Teacher-forced, goal first"
+    assert punches() and "0 solved it on the left and 10 on the right" in browser.each("#text")[0]
+    assert browser.each("h2")[1] == "Teacher-forced, goal first"
     assert len(places) == 1                                     # nothing jumps
 
 
@@ -162,48 +161,47 @@ def test_the_address_holds_the_state(browser):
         browser.open(page=url)
         assert browser.shown() == shown
     browser.open()
+    pages = [start]
     for key in "ma2":
         browser.press(key)
-        pages.append((browser.driver.current_url, browser.shown()))
-    for move, shown in (("back", pages[-2][1]), ("back", pages[-3][1]), ("back", start),
-                        ("forward", pages[-3][1])):
+        pages.append(browser.shown())
+    for move, shown in (("back", 2), ("back", 1), ("back", 0), ("forward", 1)):
         browser.js(f"history.{move}()")
-        browser.until(lambda: browser.shown() == shown)
+        browser.until(lambda: browser.shown() == pages[shown])
     for nonsense in ("x", "step=6", "models=constructor", "graph=1,2/1,2", "step=4&seed=1e9", "%"):
         browser.open("#" + nonsense)
-        assert "so this is the start" in browser.texts("#notice")[0] and browser.shown() == start
+        assert "so this is the start" in browser.each("#notice")[0] and browser.shown() == start
 
 
 def test_keys_leave_menus_and_fields_alone(browser):
+    def press(keys, selector, *expected):
+        browser.press(keys, selector)
+        assert all(part in browser.driver.current_url for part in expected)
+
     browser.open("#step=4")
-    browser.press("1g", "#seed")
-    assert "step=4" in browser.driver.current_url and "seed=1" in browser.driver.current_url
-    browser.press(ARROW_LEFT, "#slider")
-    assert "step=4" in browser.driver.current_url and "at=" in browser.driver.current_url
-    browser.press("5", "#slider")
-    browser.press(ARROW_LEFT, "#another")
-    assert "step=4" in browser.driver.current_url
-    browser.press("1", "#another")
+    press("1g", "#seed", "step=4", "seed=1")
+    press(ARROW_LEFT, "#slider", "step=4", "at=")
+    press("5", "#slider", "step=5")
+    press(ARROW_LEFT, "#another", "step=4")
+    press("1", "#another", "step=1")
     own = to_text(draw(STAR, 1, np.random.default_rng(1))[0][0].tolist())
     for text in (own + "gap1", own):
         browser.press(CONTROL + "a", "#own-text")
         browser.press(text + "\n", "#own-text")
-        assert ("This is no graph" in browser.texts("#notice")[0]) == (text != own)
+        assert ("This is no graph" in browser.each("#notice")[0]) == (text != own)
         assert (own[:-1] in browser.driver.current_url) == (text == own)
-    browser.press("g", ".card button")
-    assert "step=1" in browser.driver.current_url and "from=" in browser.driver.current_url
-    browser.press(" ", "[data-focus=goal]")
-    browser.press("2", "[data-focus=goal]")
-    assert "step=2" in browser.driver.current_url
+    press("g", ".card button", "step=1", "from=")
+    press(" ", "[data-focus=goal]", "step=1")
+    press("2", "[data-focus=goal]", "step=2")
 
 
 def test_guessing_first_and_little_motion(browser):
     browser.open(**{"reduced-motion": "reduce"})
     browser.press(" ", "#guess")
     browser.press("a")
-    assert browser.texts(".answer") == ["", ""]
+    assert browser.each(".answer") == ["", ""]
     browser.press(" ", ".punch button")
-    assert "You guessed" in browser.texts("#notice")[0] and "" not in browser.texts(".answer")
+    assert "You guessed" in browser.each("#notice")[0] and "" not in browser.each(".answer")
     browser.press("p")                                          # to the last pass at once
     assert "step=2" in browser.driver.current_url and "pass=" not in browser.driver.current_url
 
@@ -226,5 +224,5 @@ def test_a_page_of_a_run_of_ones_own(browser, tmp_path, monkeypatch):
         subprocess.run([sys.executable, *words.split()], cwd=RESULTS.parent, check=True)
     for step in "1234":
         browser.open(f"#step={step}", page=(out / "explore.html").as_uri())
-        assert flags in browser.texts("#text")[0] and len(browser.texts(".punch")) == 1
-    assert "5 Goal first" not in browser.texts("#story")[0]
+        assert flags in browser.each("#text")[0] and len(browser.each(".punch")) == 1
+    assert "5 Goal first" not in browser.each("#story")[0]
