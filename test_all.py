@@ -28,7 +28,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
@@ -207,20 +206,13 @@ def test_draws_are_uniform():
     assert_uniform(first * 3 + second - (second > first), 12)
 
 
-@pytest.mark.parametrize("sizes, count", [
-    ((2, 2, 4), 24), ((1, 3, 4), 24), ((3, 2, 4), 12), ((2, 3, 5), 120),
-])
+@pytest.mark.parametrize("sizes, count", [((2, 2, 4), 24), ((1, 3, 4), 24), ((2, 3, 5), 120)])
 def test_count_of_graphs(sizes, count):
     """Of all that are ever drawn, no matter in which order their edges are."""
     star = PathStar(*sizes)
     prefixes, _ = data.draw(star, 40 * count, rng())
     assert star.count() == count == len(as_graphs(prefixes))
     assert len(set(data.graph_keys(star, prefixes))) == count
-    reordered = prefixes.reshape(len(prefixes), -1, 3)[:, [*range(star.n_edges)][::-1]]
-    reordered[:, :, 2] = star.pipe
-    reordered[:, -1, 2] = star.slash
-    reordered = np.concatenate([reordered.reshape(len(prefixes), -1), prefixes[:, -3:]], axis=1)
-    assert data.graph_keys(star, reordered) == data.graph_keys(star, prefixes)
 
 
 @pytest.mark.parametrize("sizes, n_test", [((2, 2, 4), 8), ((2, 3, 6), 20)])
@@ -248,14 +240,14 @@ def test_printed_graphs_are_not_those_of_a_run_with_the_same_seed(capsys):
     (train_set, _), (test_set, _) = data.datasets(STAR, 300, 300, 0)
     assert len(prefixes) == 300
     assert not as_graphs(prefixes) & (as_graphs(train_set) | as_graphs(test_set))
+    says = "num_nodes must be from 9, the nodes of a graph with deg 2 and path_len 5, to 100000"
+    assert says in refusal(capsys, data, "--num_nodes", 999_999_999)
 
 
 @pytest.mark.parametrize("line, says", [
     ("32,3|16,12", "not of the form"),
-    (LINE.replace(",", ";"), "not of the form"),
     (LINE + ",", "not of the form"),
     (LINE.replace("32", "9" * 5000), "not of the form"),
-    (bytes(range(128)).decode(), "not of the form"),
     (LINE.replace("/32,12=32", "/9,12=9"), "no arm of the start 9"),
     (LINE.replace("47,28", "47,16"), "two lead to the same node"),
     (LINE.replace("47,28", "47,32"), "an edge leads to the start"),
@@ -270,60 +262,6 @@ def test_printed_graphs_are_not_those_of_a_run_with_the_same_seed(capsys):
 def test_malformed_lines(line, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         data.from_text(STAR, line)
-
-
-def is_path_star(star, line):
-    """Decides in another way what `from_text` decides: from each node back to the start."""
-    edges, start, goal, path = re.fullmatch("(.*)/(.*),(.*)=(.*)", line.strip()).groups()
-    edges = [[int(node) for node in edge.split(",")] for edge in edges.split("|")]
-    start, goal, parent = int(start), int(goal), {head: tail for tail, head in edges}
-    tails = [tail for tail, _ in edges if tail != start]
-    arms = {}
-    for node in parent:
-        arm = [node]
-        while arm[0] in parent and len(arm) <= len(edges):
-            arm.insert(0, parent[arm[0]])
-        if arm[0] != start:
-            return False
-        if node not in tails:
-            arms[node] = arm
-    if start in parent or len(parent) < len(edges) or len(set(tails)) < len(tails):
-        return False
-    if [len(arm) for arm in arms.values()] != [star.path_len] * star.deg or goal not in arms:
-        return False
-    if max(start, *parent) >= star.num_nodes:
-        return False
-    return path == "" or path == ",".join(map(str, arms[goal]))
-
-
-def mutate(line, random):
-    """Replaces, deletes, inserts or repeats a few characters."""
-    for _ in range(random.integers(1, 4)):
-        k, j = sorted(random.integers(len(line), size=2))
-        character = "0123456789,|/= x-"[random.integers(17)]
-        line = [
-            line[:k] + character + line[k + 1:],
-            line[:k] + line[k + 1:],
-            line[:k] + character + line[k:],
-            line[:k] + line[j:j + 3] + line[k:],
-        ][random.integers(4)] or "0"
-    return line
-
-
-@pytest.mark.parametrize("sizes", [(2, 4, 12), (3, 3, 12)])
-def test_mutated_lines_are_judged_rightly(sizes):
-    star, random, accepted = PathStar(*sizes), rng(), 0
-    lines = lines_of(*data.draw(star, 200, random))
-    for _ in range(1500):
-        line = mutate(lines[random.integers(len(lines))], random)
-        right = data.LINE.fullmatch(line.strip()) is not None and is_path_star(star, line)
-        try:
-            data.from_text(star, line)
-            accepted += 1
-            assert right, line
-        except ValueError:
-            assert not right, line
-    assert accepted > 15
 
 
 def test_every_epoch_sees_every_graph_once():
@@ -504,44 +442,29 @@ def test_mambas_weights_load_and_do_what_the_paper_says(n_loop):
     torch.testing.assert_close(model(idx[None])[0][0], expected)
 
 
-def remade(name, how):
-    """small(name), copied or loaded in ways that part the two names of the embedding."""
-    model = small(name)
-    weights = {key: x.clone() for key, x in model.state_dict().items()}
-    if how == "deepcopy":
-        return copy.deepcopy(model)
-    if how == "assign":
-        model.load_state_dict(weights, assign=True)
-        return model
-    with torch.device("meta"):
-        empty = small(name)
-    empty.to_empty(device="cpu").load_state_dict(weights)
-    return empty
-
-
 @our_models
 @pytest.mark.parametrize("how", ["deepcopy", "assign", "to_empty"])
 def test_a_model_that_is_copied_or_loaded_trains_as_the_first(name, how):
     """One embedding reads and writes, and weight decay spares Mamba's A, known by its name."""
     idx, args = tokens(4, 12), settings("--model", name, "--lr", 0.01, "--weight_decay", 0.5)
-    trained = []
-    for model in (small(name), remade(name, how)):
-        optimizer = train.make_optimizer(model, args)
+    model, other = small(name), copy.deepcopy(small(name))
+    weights = {key: x.clone() for key, x in model.state_dict().items()}
+    if how == "assign":
+        other.load_state_dict(weights, assign=True)
+    elif how == "to_empty":
+        other.to("meta").to_empty(device="cpu").load_state_dict(weights)
+    for each in (model, other):
+        optimizer = train.make_optimizer(each, args)
         for _ in range(3):
             optimizer.zero_grad()
-            model(idx, idx)[1].backward()
+            each(idx, idx)[1].backward()
             optimizer.step()
-        trained.append(model)
-    model, other = trained
-    weights = other.state_dict()
+    weights, loaded = other.state_dict(), small(name)
+    loaded.load_state_dict(weights)
     for key, x in model.state_dict().items():
         assert torch.equal(weights[key], x) or key == "lm_head.weight"
-    loaded = small(name)
-    loaded.load_state_dict(weights)
-    assert torch.equal(loaded(idx)[0], model(idx)[0])
-    if how != "deepcopy":
-        nn.init.zeros_(other.lm_head.weight)                    # it is not used
-    assert torch.equal(other(idx)[0], model(idx)[0])
+    for each in (other, loaded):
+        assert torch.equal(each(idx)[0], model(idx)[0])
     del weights["lm_head.weight"]
     with pytest.raises(RuntimeError, match="Missing key.*lm_head.weight"):
         loaded.load_state_dict(weights)
@@ -580,35 +503,30 @@ def test_gpt_starts_as_gpt2_at_its_width(width):
     weights = GPT(GPTConfig(64, 500, n_layer=2, n_head=2, n_embd=width)).state_dict()
     scale = 0.02 * math.sqrt(768 / width)
     for name, divisor in (
-        ("wte", 1), ("h.0.attn.c_attn", 1), ("h.1.mlp.c_fc", 1), ("h.0.mlp.c_proj", 1),
-        ("h.1.mlp.c_proj", 2), ("h.1.attn.c_proj", 2),
+        ("wte", 1), ("h.1.attn.c_attn", 1), ("h.0.mlp.c_proj", 1), ("h.1.mlp.c_proj", 2),
+        ("h.1.attn.c_proj", 2),
     ):
         std = weights[f"transformer.{name}.weight"].std().item()
         assert std == pytest.approx(scale / divisor, rel=0.05)
-    table = weights["transformer.wpe.weight"] / (4 * scale)
-    products = (table[:-1] * table[1:]).sum(dim=1)       # one step is the same rotation everywhere
-    torch.testing.assert_close(products, products[:1].expand(63))
-    shortest = torch.tensor([[0.0, 1], [1, 0], [0, -1], [-1, 0]])
-    torch.testing.assert_close(table[:4, :2], shortest, atol=1e-5, rtol=0)
-    turns = math.atan2(*table[63, -2:].tolist()) / (2 * math.pi)
-    assert 0.97 < turns / (63 / (4 * 64)) < 1.2          # the longest wave: nearly 4 tables
+    for pair in range(0, width, 2):
+        angle = torch.arange(64) * math.pi / 2 / 64 ** (pair / width)
+        expected = 4 * scale * torch.stack([angle.sin(), angle.cos()], dim=1)
+        own = weights["transformer.wpe.weight"][:, pair:pair + 2]
+        torch.testing.assert_close(own, expected, rtol=0, atol=1e-4)
 
 
 def test_mamba_starts_as_the_original():
     """Apart from the embedding, which begins larger, and what layer i adds, divided by i."""
     torch.manual_seed(0)
-    slow = Mamba(MambaConfig(vocab_size=14, n_layer=1, d_model=16, A_init=0.1))
-    A = slow.backbone.layers[0].mixer.A_log.exp()
-    torch.testing.assert_close(A, torch.arange(1.0, 17).repeat(32, 1) / 10)
-    model = Mamba(MambaConfig(vocab_size=14, n_layer=4, d_model=512))
+    model = Mamba(MambaConfig(vocab_size=14, n_layer=4, d_model=512, A_init=0.1))
     mixer = model.backbone.layers[0].mixer
-    torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 17).repeat(1024, 1))
+    torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 17).repeat(1024, 1) / 10)
     assert mixer.dt_proj.weight.abs().max() <= 32 ** -0.5 and mixer.D.eq(1).all()
     places = F.softplus(mixer.dt_proj.bias).log10() / 2 + 1.5   # 0.001 -> 0, 0.1 -> 1
     assert_uniform((places.detach().numpy() * 8).clip(0, 7).astype(int), 8)
     assert -1e-3 < places.min() and places.max() < 1 + 1e-3
     for i, layer in enumerate(model.backbone.layers, start=1):
-        bound = 1 / math.sqrt(1024) / i                  # of a linear layer, over i
+        bound = 1 / math.sqrt(1024) / i                         # of a linear layer, over i
         assert 0.99 * bound < layer.mixer.out_proj.weight.abs().max() <= bound
     embedding = model.backbone.embedding.weight
     assert embedding.std().item() == pytest.approx(512 ** -0.5, rel=0.05)
@@ -690,16 +608,14 @@ def results_of(scan, inputs):
     return {"out": out, "last": last} | dict(zip(given, gradients))
 
 
-def assert_same(results, expected, **tolerance):
+def assert_same(results, expected, tolerance=0):
+    """The same to the bit, or but for a tolerance, relative to the largest number."""
     assert results.keys() == expected.keys()
-    for name, x in results.items():
+    for name, x in expected.items():
+        atol = tolerance * max([1e-3, *x.abs().flatten().tolist()])
         torch.testing.assert_close(
-            x, expected[name], **tolerance, msg=lambda text: f"{name}: {text}"
+            results[name].to(x.dtype), x, rtol=0, atol=atol, msg=lambda text: f"{name}: {text}"
         )
-
-
-def assert_same_bits(results, expected):
-    assert_same(results, expected, rtol=0, atol=0)
 
 
 def assert_is_the_loop(inputs, tolerance=1e-12):
@@ -707,17 +623,11 @@ def assert_is_the_loop(inputs, tolerance=1e-12):
     exact = dict(inputs)
     for name, x in tensors_of(inputs).items():
         exact[name] = x.detach().double().requires_grad_()
-    results = results_of(selective_scan, inputs)
-    for name, x in results_of(loop, exact).items():
-        scale = x.nan_to_num().abs().max().clamp(min=1e-3).item()
-        assert_same(
-            {name: results[name].double()}, {name: x}, rtol=0, atol=tolerance * scale,
-            equal_nan=True
-        )
+    assert_same(results_of(selective_scan, inputs), results_of(loop, exact), tolerance)
 
 
 @pytest.mark.parametrize("without", [(), OPTIONAL])
-@pytest.mark.parametrize("size", [(2, 1, 3, 1), (1, 2, 70, 5), (2, 19, 34, 16)])
+@pytest.mark.parametrize("size", [(2, 1, 3, 1), (1, 2, 70, 5), (2, 19, 34, 16), (0, 2, 3, 4)])
 def test_scan_is_the_loop(path, size, without):
     inputs = scan_inputs(*size, without=without)
     assert_is_the_loop(inputs | {"delta_softplus": not without})
@@ -727,36 +637,20 @@ def test_scan_is_the_loop(path, size, without):
 
 @pytest.mark.parametrize("seqlen", [7, 8, 9, 15, 16, 17])
 def test_scan_around_the_edges_of_chunks(path, seqlen, monkeypatch):
-    """Also where each sequence is a group of its own, and with exponents of all sizes."""
+    """Also where each sequence is a group of its own, and with steps of all sizes."""
     assert scan_kernel.CHUNK == 8
     monkeypatch.setattr(scan_kernel, "GROUP_SIZE", 1)
-    plain, large_and_small, growing = [scan_inputs(3, seqlen, 4, 3) for _ in range(3)]
+    middling, large_and_small, growing = [scan_inputs(3, seqlen, 4, 3) for _ in range(3)]
     with torch.no_grad():
+        middling["delta"][:, :, 0] = 22.0   # PyTorch's softplus is not exact there, by default
         large_and_small["delta"][:, :, seqlen // 3] = -200.0
         large_and_small["delta"][:, :, seqlen // 2] = 300.0
         large_and_small["A"] *= 50
         growing["A"].abs_().add_(1)
         growing["delta"].sub_(101)
-        growing["delta_bias"].fill_(100)  # a step is large where delta is not read
-    for inputs in (plain, large_and_small, growing):
+        growing["delta_bias"].fill_(100)    # a step is large where delta is not read
+    for inputs in (middling, large_and_small, growing):
         assert_is_the_loop(inputs)
-
-
-def test_a_scan_in_parts_is_the_whole(path):
-    """Each part starts from the last state of the one before. Values and all gradients."""
-    def in_parts(initial_state, **inputs):
-        outs = []
-        state = initial_state
-        for start, end in ((0, 1), (1, 12), (12, 19), (19, 40)):
-            part = dict(inputs)
-            for name in ("u", "delta", "B", "C", "z"):
-                part[name] = inputs[name][:, :, start:end]
-            out, state = selective_scan(**part, initial_state=state)
-            outs.append(out)
-        return torch.cat(outs, dim=2), state
-
-    inputs = scan_inputs(2, 40, 5, 3)
-    assert_same(results_of(in_parts, inputs), results_of(selective_scan, inputs))
 
 
 def test_scan_gradients_by_finite_differences(path):
@@ -767,15 +661,6 @@ def test_scan_gradients_by_finite_differences(path):
         return selective_scan(**inputs | dict(zip(tensors, values)))
 
     torch.autograd.gradcheck(outputs, list(tensors.values()), fast_mode=True)
-
-
-def test_scan_outputs_that_are_not_used(path):
-    inputs = scan_inputs(2, 9, 6, 3, without=("D", "z"))
-    for used in (0, 1):
-        def twice(scan):
-            return lambda **inputs: [scan(**inputs)[used] + 0 * sum(inputs["C"].flatten())] * 2
-
-        assert_same(results_of(twice(selective_scan), inputs), results_of(twice(loop), inputs))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [
@@ -790,17 +675,6 @@ def test_scan_dtypes(path, dtype, tolerance):
     out, last = selective_scan(**inputs)
     assert out.dtype == dtype and last.dtype == torch.float32
     assert_is_the_loop(inputs, tolerance)
-    mixed = scan_inputs(2, 9, 6, 5, torch.float32)
-    for name in ("delta", "B", "D", "initial_state"):
-        mixed[name] = mixed[name].detach().to(dtype).requires_grad_()
-    assert selective_scan(**mixed)[0].dtype == torch.float32
-    assert_is_the_loop(mixed, tolerance)
-
-
-def test_softplus_is_exact_in_float64():
-    one = torch.ones(1, 1, 1, dtype=torch.float64)
-    out = selective_scan(one, 25 * one, -one[0], one, one, delta_softplus=True)
-    assert out.item() == pytest.approx(25 + math.log1p(math.exp(-25)), rel=1e-15)
 
 
 def test_scan_under_autocast_and_checkpoint(path):
@@ -810,48 +684,41 @@ def test_scan_under_autocast_and_checkpoint(path):
 
     inputs = scan_inputs(3, 33, 5, 4, torch.float32)
     plain = results_of(selective_scan, inputs)
-    assert_same_bits(results_of(checkpointed, inputs), plain)
+    assert_same(results_of(checkpointed, inputs), plain)
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert_same_bits(results_of(selective_scan, inputs), plain)
+        assert_same(results_of(selective_scan, inputs), plain)
 
 
 def test_scan_strides(path):
     """Views give the same bits: other orders in memory, every second channel, expanded."""
     inputs = scan_inputs(2, 6, 5, 3, torch.float32)
-    inputs["delta"] = inputs["delta"].detach()[:1].repeat(2, 1, 1)
-    views = dict(inputs)
+    views = {name: x.detach() for name, x in tensors_of(inputs).items()}
+    inputs["delta"] = views["delta"][:1].repeat(2, 1, 1).requires_grad_()
     for name in ("B", "C", "z", "A", "initial_state"):
-        views[name] = inputs[name].detach().mT.contiguous().mT
-    views["u"] = inputs["u"].detach().repeat_interleave(2, 1)[:, ::2]
-    views["D"] = inputs["D"].detach().repeat_interleave(2)[::2]
-    views["delta"] = inputs["delta"][:1].expand(2, -1, -1)
-    for x in (inputs["delta"], *tensors_of(views).values()):
-        x.requires_grad_()
-    assert_same_bits(results_of(selective_scan, views), results_of(selective_scan, inputs))
-
-
-def test_scan_of_no_sequences(path):
-    results = results_of(selective_scan, scan_inputs(0, 12, 4, 3))
-    assert results["out"].shape == (0, 4, 12) and results["last"].shape == (0, 4, 3)
-    assert results["A"].shape == (4, 3) and results["A"].abs().max() == 0
+        views[name] = views[name].mT.contiguous().mT
+    views["u"] = views["u"].repeat_interleave(2, 1)[:, ::2]
+    views["D"] = views["D"].repeat_interleave(2)[::2]
+    views["delta"] = views["delta"][:1].expand(2, -1, -1)
+    views = {name: x.requires_grad_() for name, x in views.items()}
+    assert_same(results_of(selective_scan, inputs | views), results_of(selective_scan, inputs))
 
 
 @pytest.mark.parametrize("without", [("initial_state",), OPTIONAL])
 def test_results_of_a_scan_may_be_changed_in_place(path, without):
     """Nothing that the backward pass needs changes with them."""
-    def changed(out, last):
+    def changed(results):
+        out, last = results
         out += 1
         out[:, :, 2] = 0.5
-        F.relu_(out)
         last *= 2
-        return out, last
+        return F.relu_(out), last
+
+    def clones(**inputs):
+        return [x.clone() for x in selective_scan(**inputs)]
 
     inputs = scan_inputs(2, 9, 6, 3, without=without)
-    results = results_of(lambda **inputs: changed(*selective_scan(**inputs)), inputs)
-    copies = results_of(
-        lambda **inputs: changed(*[x.clone() for x in selective_scan(**inputs)]), inputs
-    )
-    assert_same_bits(results, copies)
+    results = results_of(lambda **inputs: changed(selective_scan(**inputs)), inputs)
+    assert_same(results, results_of(lambda **inputs: changed(clones(**inputs)), inputs))
 
 
 def test_scan_refuses_what_it_has_no_gradient_for(path):
@@ -874,65 +741,43 @@ def test_scan_under_compile(path):
     torch.compiler.reset()
     inputs = scan_inputs(3, 12, 16, 4)
     compiled = torch.compile(selective_scan, backend="aot_eager")
-    assert_same(results_of(compiled, inputs), results_of(selective_scan, inputs))
+    assert_same(results_of(compiled, inputs), results_of(selective_scan, inputs), 1e-12)
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that was made."""
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self.size = max(self.size, x.untyped_storage().nbytes() // x.element_size())
-        return result
-
-
-def test_scan_memory(path, monkeypatch):
+def test_scan_memory(path):
     """The state before each chunk is saved for the backward pass, and that of no other step."""
-    monkeypatch.setattr(scan_kernel, "GROUP_SIZE", 1 << 10)
-    monkeypatch.setattr(scan_kernel, "launch", lambda *args: None)  # the interpreter allocates too
-    inputs = scan_inputs(8, 130, 32, 32)
+    inputs = scan_inputs(2, 42, 3, 2)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        with Largest() as largest:
-            selective_scan(**inputs)[0].sum().backward()
-    chunks = math.ceil(130 / scan_kernel.CHUNK)
-    assert [x.shape for x in saved if x.dim() == 4] == [(8, chunks, 32, 32)]
-    assert largest.size <= 8 * chunks * 32 * 32
+        selective_scan(**inputs)
+    chunks = math.ceil(42 / scan_kernel.CHUNK)
+    assert [x.shape for x in saved if x.dim() > 3] == [(2, chunks, 2, 3)]
 
 
-OFFSETS = """
-import triton
+COMPILE = """
+from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import scan_kernel
+sizes = {"CHUNK": 8, "BLOCK_N": 16, "BLOCK_D": 32}
 for kernel in (scan_kernel.forward_kernel, scan_kernel.backward_kernel):
-    signature, constants = {}, {}
-    sizes = {"CHUNK": 2, "BLOCK_N": 16, "BLOCK_D": 32}
-    for i, name in enumerate(kernel.arg_names):
-        signature[name] = "*fp32"
-        if name in sizes:
-            signature[name], constants[(i,)] = "constexpr", sizes[name]
-        elif name in ("dim", "seqlen", "dstate"):
-            signature[name] = "i32"
+    signature = {name: "*fp32" for name in kernel.arg_names}
+    signature |= {"dim": "i32", "seqlen": "i32", "dstate": "i32"}
+    signature |= {name: "constexpr" for name in sizes}
+    constants = {(kernel.arg_names.index(name),): size for name, size in sizes.items()}
     source = ASTSource(kernel, signature, constants)
-    text = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"]
-    for line in text.splitlines():
+    for line in compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"].splitlines():
         if "tt.addptr" in line:
-            print(kernel.__name__, "i64" if line.split(" : ")[1].count("i64") else line)
+            print(kernel.__name__, "i64" if "i64" in line.split(" : ")[1] else line)
 """
 
 
 @pytest.mark.skipif(scan_kernel.triton is None, reason="needs triton")
-def test_scan_offsets_have_64_bits():
-    """In the compiled kernels, each offset from a pointer to a tensor is a 64-bit number."""
-    result = python("-c", OFFSETS, env=os.environ | {"TRITON_INTERPRET": "0"})
+def test_scan_kernels_compile_for_a_gpu():
+    """In what they compile to, each offset from a pointer to a tensor is a 64-bit number."""
+    result = python("-c", COMPILE, env=os.environ | {"TRITON_INTERPRET": "0"})
     assert result.returncode == 0, result.stderr
-    kinds = Counter(result.stdout.splitlines())
-    assert set(kinds) == {"forward_kernel i64", "backward_kernel i64"}, kinds
-    assert min(kinds.values()) > 8
+    assert set(result.stdout.splitlines()) == {"forward_kernel i64", "backward_kernel i64"}
 
 
 @pytest.mark.parametrize("batch", [0, 8])
@@ -1023,14 +868,16 @@ def test_a_run_is_this_loop(name, way, dtype, tmp_path):
 @every_model
 def test_a_run_stops_when_the_task_is_solved(name, tmp_path, capsys):
     """With one arm of one edge there is nothing to plan, but something to learn."""
+    out = tmp_path / "run"
     printed = output(
         capsys, train, "--model", name, "--deg", 1, "--path_len", 2, "--num_nodes", 12,
         "--n_train", 100, "--n_test", 10, "--n_layer", 1, "--n_embd", 32, "--batch_size", 64,
-        "--lr", 0.01, "--max_iters", 3000, "--eval_interval", 25, "--out_dir", tmp_path / "run"
+        "--lr", 0.01, "--max_iters", 3000, "--eval_interval", 25, "--out_dir", out
     )
-    last = read_log(tmp_path / "run")[-1]
+    last = read_log(out)[-1]
     assert last["accuracy"] == 1 and 0 < last["iter"] < 3000 and last["goal_moved"] is None
     assert "too few graphs (10)" in printed
+    assert "goal moved" not in output(capsys, sample, "--out_dir", out, "--num_graphs", 5)
 
 
 @pytest.mark.slow
@@ -1089,13 +936,10 @@ class HandMade(nn.Module):
     def forward(self, idx, targets=None):
         n, predicted = self.star.prefix_len, torch.zeros_like(idx)
         for row, out in zip(idx.tolist(), predicted):
-            edges, start, node = data.edges_of(row[:n]), row[n - 3], row[n - 2]
+            edges, start, goal = data.edges_of(row[:n]), row[n - 3], row[n - 2]
             after = {self.star.equals: start} | dict(reversed(edges))
             if self.plans:
-                before = {head: tail for tail, head in edges}
-                while before[node] != start:
-                    node = before[node]
-                after[start] = node
+                [after[start]] = [arm[1] for arm in data.find_arms(edges, start) if goal in arm]
             for t in range(n - 1, len(row)):
                 out[t] = after.get(row[t], 0)
         logits = 9.0 * F.one_hot(predicted, self.star.vocab_size) + self.matrix + self.vector
@@ -1143,17 +987,13 @@ def test_the_cheat_accuracy_counts_all_nodes_after_the_first_hop(monkeypatch):
     ((), 1000, 0.44, 0.98, "the Clever Hans cheat"),
     ((), 100, 0.58, 1, "the Clever Hans cheat"),
     ((), 1000, 0.58, 1, "neither solved nor the cheat"),        # too often right for a guess
-    ((), 1000, 0.42, 1, "neither solved nor the cheat"),
     ((), 1000, 0.5, 0.97, "neither solved nor the cheat"),
-    ((), 1000, 0.98, 1, "neither solved nor the cheat"),
     ((), 1000, 0.99, 1, "solved, the model finds the path"),
     ((), 99, 0.99, 1, "too few graphs (99)"),
     (("--deg", 1), 1000, 0.99, 1, "with one arm there is nothing to choose"),
     (("--deg", 5), 1000, 0.2, 1, "the Clever Hans cheat"),
     (("--deg", 5), 1000, 0.5, 1, "neither solved nor the cheat"),
     (("--teacherless",), 1000, 0.5, None, "neither solved nor the cheat"),
-    (("--teacherless",), 1000, 1, None, "solved, the model finds the path"),
-    (("--reverse",), 1000, 0.5, None, "neither solved nor the cheat"),
     (("--only_first_hop",), 1000, 0.5, None, "indecipherable token"),
     (("--only_first_hop",), 1000, 0.58, None, "neither solved nor the cheat"),
     (("--only_first_hop", "--deg", 20), 1000, 0, None, "neither solved nor the cheat"),
@@ -1191,47 +1031,26 @@ def test_the_first_hop_follows_the_goal_or_not(plans, monkeypatch, tmp_path, cap
     assert says.format(*shares) in printed
 
 
-def record_training(monkeypatch):
-    """-> a set that will hold the graphs of all training steps."""
-    build_model, seen = train.build_model, set()
-
-    def see(model, inputs):
-        if torch.is_grad_enabled():
-            seen.update(as_graphs(inputs[0][:, :model.prefix_len]))
-
-    def recorded(args, star):
-        model = build_model(args, star)
-        model.prefix_len = star.prefix_len
-        model.register_forward_pre_hook(see)
-        return model
-
-    monkeypatch.setattr(train, "build_model", recorded)
-    return seen
-
-
-def test_graphs_to_train_to_test_and_to_judge_on_differ(monkeypatch, tmp_path, capsys):
-    """Of 60 graphs, sample.py takes just those that the run has not seen."""
-    seen, out = record_training(monkeypatch), tmp_path / "run"
-    sizes = ("--path_len", 2, "--num_nodes", 5, "--n_train", 30, "--n_test", 10)
-    assert call(train, *TINY, *sizes, "--out_dir", out) == 0
+def test_graphs_to_judge_on_are_those_that_the_run_has_not_seen(trained, capsys):
+    """Of 60 graphs, 30 are trained on and 10 tested on."""
+    out = trained("--path_len", 2, "--num_nodes", 5, "--n_train", 30, "--n_test", 10)
     (train_set, _), (test_set, _) = data.datasets(PathStar(2, 2, 5), 30, 10, 0)
-    assert seen == as_graphs(train_set)
     given = ("--out_dir", out, "--json", "--show", 60, "--num_graphs")
     judged = set()
     for graph in json.loads(output(capsys, sample, *given, 20))["graphs"]:
         edges = {edge for arm in graph["arms"] for edge in zip(arm, arm[1:])}
         judged.add((frozenset(edges), graph["path"][0], graph["path"][-1]))
-    assert len(judged) == 20 and not judged & (seen | as_graphs(test_set))
+    assert len(judged) == 20 and not judged & (as_graphs(train_set) | as_graphs(test_set))
     says = "there are only 60 different graphs G(2,2) with 5 names, not 61"
     assert says in refusal(capsys, sample, *given, 21)
 
 
 # ---- train.py: runs
 
-KEYS = [
-    "iter", "examples", "elapsed_s", "train_loss", "lr", "test_loss", "accuracy", "node_accuracy",
-    "forced_accuracy", "forced_node_accuracy", "cheat_accuracy", "samples", "goal_moved",
-]
+KEYS = {
+    "iter", "examples", "elapsed_s", "train_loss", "lr", "samples", "test_loss", "goal_moved",
+    "accuracy", "node_accuracy", "forced_accuracy", "forced_node_accuracy", "cheat_accuracy",
+}
 
 
 @every_way
@@ -1243,36 +1062,30 @@ def test_tiny_runs(name, way, trained, capsys):
     assert list(header) == ["command", "config", "graphs", "versions", "machine"]
     assert header["command"].startswith("python train.py --n_layer 1 --n_embd 16")
     assert [line["iter"] for line in lines] == [0, 3, 6]
-    assert [line["examples"] for line in lines] == [0, 24, 48]
     for line in lines:
-        assert sorted(line) == sorted(KEYS) and math.isfinite(line["test_loss"])
+        assert set(line) == KEYS and line["examples"] == 8 * line["iter"]
         assert len(line["node_accuracy"]) == (2 if "--only_first_hop" in way else 5)
         assert (line["forced_accuracy"] is None) == ("--teacherless" in way)
         assert (line["cheat_accuracy"] is not None) == (way == ())
         assert (line["goal_moved"] is not None) == (line["iter"] == 6)
         assert len(line["samples"]) == len(header["graphs"]) == 8
     assert sorted(path.name for path in out.iterdir()) == ["ckpt.pt", "log.jsonl"]
-    ckpt = read_ckpt(out)
-    assert ckpt["header"] == header and ckpt["lines"] == lines
+    assert read_ckpt(out)["header"] == header and read_ckpt(out)["lines"] == lines
 
     # The figures that sample.py prints are those of its JSON, which are those of the log.
-    file, shared = out.parent / "test.txt", set(KEYS[5:]) - {"samples"}
+    file = out.parent / "test.txt"
     _, test_set = data.datasets(SMALL_STAR, 200, 20, 0)
     file.write_text("\n".join(lines_of(*test_set)))
     given = ("--out_dir", out, "--file", file, "--show", 8)
     result = json.loads(output(capsys, sample, *given, "--json"))
-    assert {key: result[key] for key in shared} == {key: lines[-1][key] for key in shared}
+    assert result | lines[-1] == lines[-1] | result
     for graph, logged, text in zip(result["graphs"], lines[-1]["samples"], header["graphs"]):
         assert graph["answer"] == logged["answer"]
         assert text.endswith("=" + ",".join(map(str, graph["path"])))
         p = {arm[1]: share for arm, share in zip(graph["arms"], graph["p_first_hop"])}
         assert logged["p_first_hop"] == pytest.approx(p[graph["path"][1]], abs=1e-4)
-        hop = graph["answer"][1]
-        assert graph["sure"][1] == pytest.approx(p.get(hop, graph["sure"][1]), abs=1e-6)
     printed = output(capsys, sample, *given)
     assert printed.count("\n      answer") == 8 and "on 20 graphs G(2,5)" in printed
-    names = ["start", "first hop", "hop 2", "hop 3", "goal"][:len(result["node_accuracy"])]
-    assert " " * 22 + "".join(f"{name:>10}" for name in [*names, "all"]) + "\n" in printed
     own = "from $ alone" if "--teacherless" in way else "from its own tokens"
     for label, prefix in ((own, ""), ("from the true tokens", "forced_")):
         shares = [*(result[prefix + "node_accuracy"] or ()), result[prefix + "accuracy"]]
@@ -1379,8 +1192,6 @@ def test_ctrl_c_says_how_to_go_on(trained, tmp_path, capsys):
     (("--lr", 0.5), "the run has lr 0.001, not 0.5"),
     (("--reverse",), "the run has reverse False, not True"),
     (("--seed", 1), "the run has seed 0, not 1"),
-    (("--max_iters", 3), "the run has max_iters 6, not 3"),
-    (("--model", "mamba"), "the run has model gpt, not mamba"),
     (("--n_embd", 32), "the run has n_embd 16, not 32"),
     (("--out_dir", "new"), "there is no ckpt.pt in new"),
 ])
@@ -1392,29 +1203,23 @@ def test_resume_refuses_other_settings(given, says, copied, monkeypatch, capsys)
 
 
 def test_resume_refuses_test_graphs_that_have_changed(trained, monkeypatch, capsys):
-    monkeypatch.setattr(data, "draw_unseen", lambda star, n, rng, seen: data.draw(star, n, rng))
-    says = "--resume: the test graphs are others now, so NumPy has changed\n"
-    given = (*TINY, "--out_dir", trained(), "--resume")
-    assert call(train, *given) == 0                             # the same draws
     monkeypatch.setattr(data, "draw_unseen", lambda star, n, r, seen: data.draw(star, n, rng(9)))
-    assert refusal(capsys, train, *given).endswith(says)
+    says = refusal(capsys, train, *TINY, "--out_dir", trained(), "--resume")
+    assert says.endswith("the test graphs are others now, so NumPy has changed\n")
 
 
 def test_nothing_is_overwritten(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    given = (*TINY, "--max_iters", 1)
-    assert call(train, *given) == 0
-    [out] = (tmp_path / "out").iterdir()
-    assert out.name == "gpt-teacher_forced-deg2-len5-seed0"
+    assert call(train, *TINY, "--max_iters", 1) == 0
+    out = tmp_path / "out" / "gpt-teacher_forced-deg2-len5-seed0"
     before = files_of(tmp_path)
     says = f"out/{out.name} is there already: --resume goes on with the run in it, --overwrite"
-    assert says in refusal(capsys, train, *given)
+    assert says in refusal(capsys, train, *TINY)
     assert files_of(tmp_path) == before
     assert call(train, *TINY, "--overwrite") == 0
     assert [line["iter"] for line in read_log(out)[1:]] == [0, 3, 6]
     for other in ("--reverse",), ("--model", "mamba"), ("--seed", 1), ("--teacherless",):
-        assert call(train, *given, *other) == 0
-    assert len(list((tmp_path / "out").iterdir())) == 5
+        assert settings(*other).out_dir != settings().out_dir
 
 
 @our_models
@@ -1439,13 +1244,10 @@ def test_init_from_starts_with_the_weights_of_another_run(name, trained, tmp_pat
     ("gpt", ("--path_len", 4), "that run has path_len 5, not 4"),
     ("gpt", ("--seed", 1), "that run has seed 0, not 1"),
     ("gpt", ("--n_test", 30), "that run has n_test 20, not 30"),
-    ("gpt", ("--n_embd", 32), "that run has n_embd 16, not 32"),
-    ("gpt", ("--n_layer", 2), "that run has n_layer 1, not 2"),
     ("gpt", ("--model", "mamba"), "that run has model gpt, not mamba"),
     ("gpt", ("--init_from", "none"), "there is no ckpt.pt in none"),
     ("mamba", ("--A_init", 0.2), "that run has A_init 0.1, not 0.2"),
     ("mamba", ("--d_state", 4), "that run has d_state 16, not 4"),
-    ("mamba", ("--num_nodes", 50), "that run has num_nodes 10, not 50"),
 ])
 def test_init_from_refuses_a_run_that_does_not_fit(
     name, given, says, trained, monkeypatch, tmp_path, capsys
@@ -1456,37 +1258,13 @@ def test_init_from_refuses_a_run_that_does_not_fit(
     assert not list(tmp_path.iterdir())
 
 
-def test_dropout_is_for_training_alone(copied, monkeypatch, tmp_path):
-    """A model of one's own may have it: evaluations and sample.py switch it off."""
-    build_model, modes = train.build_model, set()
-
-    def recorded(args, star):
-        model = build_model(args, star)
-        model.register_forward_hook(lambda *_: modes.add((model.training, torch.is_grad_enabled())))
-        return model
-
-    monkeypatch.setattr(train, "build_model", recorded)
-    assert call(train, *TINY, "--out_dir", tmp_path / "run") == 0
-    assert modes == {(True, True), (False, False)}
-    modes.clear()
-    assert call(sample, "--out_dir", copied, "--num_graphs", 5) == 0
-    assert modes == {(False, False)}
-
-
 @every_model
-@pytest.mark.parametrize("backend", [
-    "aot_eager", pytest.param("inductor", marks=pytest.mark.slow),  # it needs a C++ compiler
-])
-def test_a_compiled_run_equals_the_eager_one(name, backend, trained, monkeypatch, tmp_path):
-    torch_compile, compiled = torch.compile, []
-
-    def compile(model):
-        compiled.append(model)
-        return torch_compile(model, backend=backend)
-
-    monkeypatch.setattr(torch, "compile", compile)
+def test_a_compiled_run_equals_the_eager_one(name, trained, monkeypatch, tmp_path):
+    compiled = functools.partial(torch.compile, backend="aot_eager")  # needs no C++ compiler
+    models = []
+    monkeypatch.setattr(torch, "compile", lambda model: models.append(model) or compiled(model))
     assert call(train, *TINY, "--model", name, "--compile", "--out_dir", tmp_path / "run") == 0
-    assert len(compiled) == 1
+    assert len(models) == 1
     assert_close_runs(trained("--model", name), tmp_path / "run")
 
 
@@ -1498,37 +1276,23 @@ def assert_close_runs(one, two):
             assert a[name] == pytest.approx(b[name], rel=1e-4)
 
 
-@pytest.mark.parametrize("where, value", [
-    ("training", math.nan), ("test", math.inf), ("weights", math.inf),
-])
-def test_a_loss_that_is_not_finite_stops_the_run(where, value, monkeypatch, tmp_path, capsys):
-    """The last good checkpoint stays, also where the weights or the training loss are finite."""
-    cross_entropy, clip, steps = F.cross_entropy, nn.utils.clip_grad_norm_, []
+@pytest.mark.parametrize("where", ["training", "test"])
+def test_a_loss_that_is_not_finite_stops_the_run(where, monkeypatch, tmp_path, capsys):
+    """The last good checkpoint stays."""
+    cross_entropy, steps = F.cross_entropy, []
 
-    def loss_explodes(*args, **kwargs):
+    def explode(*args, **kwargs):
         loss = cross_entropy(*args, **kwargs)
         steps.append(torch.is_grad_enabled())
-        if where == "training":
-            return loss + (value if sum(steps) == 5 and steps[-1] else 0)
-        return loss + (value if sum(steps) == 6 and not steps[-1] else 0)
+        here = steps[-1] == (where == "training")
+        return loss + (math.inf if here and sum(steps) == 6 else 0)
 
-    def weights_explode(parameters, max_norm):
-        parameters = list(parameters)
-        clip(parameters, max_norm)
-        steps.append(1)
-        if len(steps) == 6:
-            parameters[0].grad.fill_(value)
-
-    if where == "weights":
-        monkeypatch.setattr(nn.utils, "clip_grad_norm_", weights_explode)
-    else:
-        monkeypatch.setattr(F, "cross_entropy", loss_explodes)
+    monkeypatch.setattr(F, "cross_entropy", explode)
     out = tmp_path / "run"
     says = refusal(capsys, train, *TINY, "--out_dir", out, code=1)
     assert "the loss is infinite or NaN at step 6" in says and str(out) in says
     assert read_ckpt(out)["lines"] == read_log(out)[1:]
     assert read_log(out)[-1]["iter"] == 3
-    assert all(x.isfinite().all() for x in read_ckpt(out)["model"].values())
 
 
 # ---- train.py: several processes
@@ -1568,29 +1332,23 @@ def test_two_processes_refuse_an_odd_batch(monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-# ---- Mistakes of a user: one line. Mistakes in the code: a traceback
+# ---- Mistakes of a user: one line
 
 
 @pytest.mark.parametrize("given, says", [
     (("--model", "rnn"), "invalid choice"),
     (("--n_embed", 3), "unrecognized arguments"),
-    (("--lr", "x"), "argument --lr: invalid float value: 'x'"),
     (("--lr", 0), "--lr must be above 0"),
     (("--lr", "nan"), "--lr must be above 0"),
-    (("--lr", "inf"), "--lr must be above 0"),
     (("--decay_frac", 1.01), "--decay_frac above 0 and at most 1"),
     (("--decay_frac", 0), "--decay_frac above 0 and at most 1"),
     (("--d_state", 4), "--d_state is not a setting of --model gpt"),
-    (("--model", "mamba", "--n_head", 2), "--n_head is not"),
     (("--n_embd", 30, "--n_head", 4), "multiple of n_head"),
     (("--num_nodes", 8), "num_nodes must be from 9, the nodes of a graph"),
-    (("--num_nodes", 999999999), "to 100000, got 999999999"),
+    (("--num_nodes", 999_999_999), "to 100000, got 999999999"),
     (("--path_len", 1), "path_len 2, got 2 and 1"),
     (("--deg", 0), "argument --deg: must be 1 or more"),
-    (("--deg", "9" * 5000), "argument --deg: invalid"),
     (("--seed", -1), "argument --seed: must be 0 or more"),
-    (("--device", "tpu"), "invalid choice"),
-    (("--dtype", "float16"), "invalid choice"),
     (("--n_test", 10 ** 8), "there are only 3628800 different graphs G(2,5) with 10 names"),
     (("--only_first_hop", "--teacherless"), "--only_first_hop goes with neither"),
     (("--only_first_hop", "--reverse"), "--only_first_hop goes with neither"),
@@ -1624,13 +1382,6 @@ def test_sample_refuses(given, says, trained, monkeypatch, tmp_path, capsys):
     assert says in refusal(capsys, sample, "--out_dir", trained(), *given)
 
 
-def test_data_refuses(capsys):
-    says = "num_nodes must be from 9, the nodes of a graph with deg 2 and path_len 5, to 100000"
-    for num_nodes in (8, 100_001, 999_999_999):
-        assert says in refusal(capsys, data, "--num_nodes", num_nodes)
-    assert "argument -n: must be 1 or more" in refusal(capsys, data, "-n", 0)
-
-
 def test_bfloat16_is_the_default_where_a_gpu_computes_in_it(monkeypatch):
     """On an older one PyTorch would only emulate it."""
     for native, dtype in (True, "bfloat16"), (False, "float32"):
@@ -1645,63 +1396,25 @@ def test_bfloat16_is_the_default_where_a_gpu_computes_in_it(monkeypatch):
     assert settings("--device", "cpu").dtype == "float32"
 
 
-@pytest.mark.parametrize("keys, value", [
-    (("header", "config", "n_layer"), 2),
-    (("header", "config", "n_embd"), 18),
-    (("header", "config", "num_nodes"), 3),
-    (("header", "config", "model"), "mamba"),
-    (("header", "config"), {}),
-    (("model",), {}),
-    ((), b""),
-    ((), b"hello"),
-    ((), "half"),
-    ((), [1, 2]),
-], ids=str)
-def test_damaged_checkpoints_are_refused(keys, value, copied, capsys):
+@pytest.mark.parametrize("damage", ["n_layer", "config", "weights", "half of it", "text"])
+def test_damaged_checkpoints_are_refused(damage, copied, capsys):
     """By hand, by a full disk, or by an older version. Nothing is written."""
-    ckpt = {"": read_ckpt(copied)}
-    last, part = "", ckpt
-    for key in keys:
-        last, part = key, part[last]
-    part[last] = value
-    if value == "half":
-        value = (copied / "ckpt.pt").read_bytes()[:9000]
-    if isinstance(value, bytes):
-        (copied / "ckpt.pt").write_bytes(value)
-    else:
-        torch.save(ckpt[""], copied / "ckpt.pt")
+    file, ckpt = copied / "ckpt.pt", read_ckpt(copied)
+    content = b"hello" if damage == "text" else file.read_bytes()[:9000]
+    if damage == "n_layer":
+        ckpt["header"]["config"]["n_layer"] = 2
+    elif damage == "config":
+        del ckpt["header"]["config"]
+    elif damage == "weights":
+        del ckpt["model"]
+    torch.save(ckpt, file)
+    if damage in ("half of it", "text"):
+        file.write_bytes(content)
     before = files_of(copied)
     given = (*TINY, "--out_dir", copied)
     for module, flags in (train, (*given, "--resume")), (sample, ("--out_dir", copied)):
         assert "ckpt.pt is not a checkpoint of this train.py" in refusal(capsys, module, *flags)
     assert files_of(copied) == before
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, (os.environ["PATHSTAR_EVIL"],)
-
-
-def test_a_checkpoint_runs_no_code(copied, monkeypatch, capsys):
-    evil = copied / "evil"
-    monkeypatch.setenv("PATHSTAR_EVIL", str(evil))
-    torch.save(read_ckpt(copied) | {"more": Malicious()}, copied / "ckpt.pt")
-    assert "is not a checkpoint of" in refusal(capsys, sample, "--out_dir", copied)
-    assert not evil.exists()
-    torch.load(copied / "ckpt.pt", weights_only=False)          # it would have
-    assert evil.exists()
-
-
-@pytest.mark.parametrize("owner, name", [
-    (GPT, "forward"), (GPT, "generate"), (train, "evaluate"), (train, "make_optimizer"),
-])
-def test_mistakes_in_the_code_show_their_traceback(owner, name, monkeypatch, tmp_path):
-    def mistake(*args, **kwargs):
-        raise ValueError("a mistake")
-
-    monkeypatch.setattr(owner, name, mistake)
-    with pytest.raises(ValueError, match="a mistake"):
-        call(train, *TINY, "--out_dir", tmp_path / "run")
 
 
 # ---- sample.py
@@ -1724,17 +1437,15 @@ def test_pass_by_pass(name, way, trained, tmp_path, capsys):
         model.load_state_dict(read_ckpt(trained(*given))["model"])
         expected, answers, _ = train.evaluate(args, SMALL_STAR, model, *graphs)
         assert shares == expected
-        shown = [graph["passes"][n_loop - 1] for graph in result["graphs"]]
-        assert shown == answers.tolist()
         row = row_of([*shares["node_accuracy"], shares["accuracy"]])
         assert rows_of(printed, f"after pass {n_loop}") == [row]
         assert printed.count(f"\n      pass {n_loop}") == 30
-    first, *_, last = [graph["passes"] for graph in result["graphs"]][0]
-    assert any(graph["passes"][0] != graph["passes"][2] for graph in result["graphs"])
+        for graph, answer in zip(result["graphs"], answers.tolist()):
+            assert graph["passes"][n_loop - 1] == answer
+    assert any(graph["passes"][0] != graph["answer"] for graph in result["graphs"])
     assert all(graph["passes"][2] == graph["answer"] for graph in result["graphs"])
-    once = ("--out_dir", trained("--model", name, "--n_loop", 1), "--file", file)
-    assert json.loads(output(capsys, sample, *once, "--json"))["passes"] == []
-    assert "pass" not in output(capsys, sample, *once)
+    once = output(capsys, sample, "--out_dir", trained("--model", name, "--n_loop", 1))
+    assert "pass" not in once
 
 
 def test_sample_on_files_and_single_graphs(trained, tmp_path, capsys):
@@ -1745,24 +1456,13 @@ def test_sample_on_files_and_single_graphs(trained, tmp_path, capsys):
     whole = json.loads(output(capsys, sample, *given, "--file", file))
     assert whole["num_graphs"] == 4 and "too few graphs (4)" in whole["verdict"]
     first = json.loads(output(capsys, sample, *given, "--file", file, "--num_graphs", 3))
-    assert len(first["graphs"]) == 3
+    assert len(first["graphs"]) == first["num_graphs"] == 3
     for line, graph in zip(lines, whole["graphs"], strict=True):
         assert graph["path"] == [int(node) for node in line.split("=")[1].split(",")]
-        for text in (line, line.split("=")[0] + "="):
-            [alone] = json.loads(output(capsys, sample, *given, "--graph", text))["graphs"]
-            assert alone["answer"] == graph["answer"]
-            assert alone["p_first_hop"] == pytest.approx(graph["p_first_hop"], abs=1e-5)
+        without_path = line.split("=")[0] + "="
+        [alone] = json.loads(output(capsys, sample, *given, "--graph", without_path))["graphs"]
+        assert alone["answer"] == graph["answer"]
     assert "  answer" not in output(capsys, sample, "--out_dir", trained(), "--show", 0)
-
-
-def test_one_arm_leaves_nothing_to_move(trained, capsys):
-    out = trained("--deg", 1, "--path_len", 3)
-    printed = output(capsys, sample, "--out_dir", out, "--num_graphs", 100)
-    assert "goal moved" not in printed and "nothing to choose" in printed
-    assert read_log(out)[-1]["goal_moved"] is None
-
-
-ARMS = [[1, 2, 3], [1, 4, 5]]       # the second is right
 
 
 @pytest.mark.parametrize("way, answer, forced, text", [
@@ -1772,27 +1472,16 @@ ARMS = [[1, 2, 3], [1, 4, 5]]       # the second is right
         "              first wrong: first hop; walks another arm",
         "      forced    1 ->  [2] ->    5",
     ]),
-    (("--teacherless",), [1, 4, 5], None, [
-        "      answer    1 ->    4 ->    5",
-        "        sure  99%     50%    100%",
-        "              right",
-    ]),
     (("--reverse",), [0, 2, 5], [1, 4, 5], [                    # written from 5 to 0
         "      answer  [0] ->  [2] ->    5",
         "        sure  99%     50%    100%",
         "              first wrong: first hop",
         "      forced    1 ->    4 ->    5",
     ]),
-    (("--only_first_hop",), [1, 2], [1, 4], [
-        "      answer    1 ->  [2]",
-        "        sure  99%     50%",
-        "              first wrong: first hop; walks another arm",
-        "      forced    1 ->    4",
-    ]),
 ])
 def test_sample_shows_where_the_answer_leaves_the_path(way, answer, forced, text, capsys):
-    graph = {"path": ARMS[1], "arms": ARMS, "p_first_hop": [0.5, 0.25], "answer": answer}
-    graph.update(sure=[0.99, 0.5, 1.0][:len(answer)], forced=forced, passes=[[1, 3, 5]])
+    graph = {"path": [1, 4, 5], "arms": [[1, 2, 3], [1, 4, 5]], "p_first_hop": [0.5, 0.25]}
+    graph.update(answer=answer, sure=[0.99, 0.5, 1.0], forced=forced, passes=[[1, 3, 5]])
     sample.show(graph, ["start", "first hop", "goal"], settings(*way))
     assert capsys.readouterr().out.splitlines() == [
         "P(first hop)",
@@ -1802,7 +1491,6 @@ def test_sample_shows_where_the_answer_leaves_the_path(way, answer, forced, text
         "      pass 1    1 ->  [3] ->    5",
         "",
     ]
-    assert sample.is_arm(answer, ARMS) == (answer in (ARMS[0], ARMS[1], [1, 2]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has other signals")
@@ -1819,31 +1507,25 @@ def test_head_ends_a_script_in_silence(script, trained):
 
 # ---- Files that are copied out
 
-SCAN = """
+LEARN = """
 import sys
 sys.modules["triton"] = None        # as on macOS and Windows
-import torch, scan_kernel
-x = torch.ones(1, 2, 3)
-print(scan_kernel.selective_scan(x, x, -torch.ones(2, 2), x, x).shape)
-"""
-LEARN = """
 import torch
+from {} import *
 model = {}
 idx = torch.randint(9, (2, 8))
 model(idx, idx)[1].backward()
 print(model.generate(idx[:, :3], 2).shape)
 """
-LEARN_GPT = "from model_gpt import *" + LEARN.format("GPT(GPTConfig(8, 9, 1, 2, 4))")
-LEARN_MAMBA = "from model_mamba import *" + LEARN.format("Mamba(MambaConfig(9, 1, 4))")
+LEARN_GPT = LEARN.format("model_gpt", "GPT(GPTConfig(8, 9, 1, 2, 4))")
+LEARN_MAMBA = LEARN.format("model_mamba", "Mamba(MambaConfig(9, 1, 4))")
 TRAIN_MAMBA = ("train.py", *TINY, "--model", "mamba")
 
 
 @pytest.mark.parametrize("files, command, says", [
     ("data.py", ("data.py",), "="),
-    ("scan_kernel.py", ("-c", SCAN), "[1, 2, 3]"),
     ("model_gpt.py", ("-c", LEARN_GPT), "[2, 5]"),
     ("model_mamba.py scan_kernel.py", ("-c", LEARN_MAMBA), "[2, 5]"),
-    ("train.py data.py model_gpt.py", ("train.py", *TINY), "accuracy"),
     ("train.py data.py model_mamba.py scan_kernel.py", TRAIN_MAMBA, "accuracy"),
     ("sample.py train.py data.py model_gpt.py", ("sample.py", "--out_dir", "run"), "a real arm"),
 ])
@@ -1856,12 +1538,10 @@ def test_files_work_where_they_are_copied_to(files, command, says, trained, tmp_
     assert result.returncode == 0 and says in result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("missing", ["model_mamba.py", "scan_kernel.py"])
-def test_a_file_that_was_not_copied_is_missed_in_one_line(missing, trained, tmp_path):
-    for name in ("train.py", "data.py", "sample.py", "model_gpt.py", "model_mamba.py"):
-        if name != missing:
-            shutil.copy(HERE / name, tmp_path)
-    result = python(*TRAIN_MAMBA, cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr == f"train.py: error: {missing} is missing\n"
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("missing", ["model_mamba", "scan_kernel"])
+def test_a_file_that_was_not_copied_is_missed_in_one_line(missing, monkeypatch, tmp_path, capsys):
+    monkeypatch.delitem(sys.modules, "model_mamba")
+    monkeypatch.setitem(sys.modules, missing, None)             # Python does not find it
+    says = refusal(capsys, train, "--model", "mamba", "--out_dir", tmp_path / "run")
+    assert says == f"train.py: error: {missing}.py is missing\n"
+    assert not list(tmp_path.iterdir())
