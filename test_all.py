@@ -8,9 +8,9 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # in models this small, threads wait for each other
 
+import contextlib
 import copy
 import functools
-import itertools
 import json
 import math
 import re
@@ -76,12 +76,16 @@ def settings(*flags):
     return args
 
 
+def flags_of(name, sizes):
+    """The sizes that the model has -> flags."""
+    sizes = {size: value for size, value in sizes.items() if size in train.DEFAULTS[name]}
+    return ["--model", name, *[f"--{size}={value}" for size, value in sizes.items()]]
+
+
 def small(name):
     torch.manual_seed(0)
-    sizes = {"n_loop": 2, "n_head": 2, "d_state": 4}
-    given = [(f"--{size}", sizes[size]) for size in sizes if size in train.DEFAULTS[name]]
-    flags = itertools.chain(("--model", name, "--n_layer", 2, "--n_embd", 16), *given)
-    return train.build_model(settings(*flags), SMALL_STAR)
+    sizes = {"n_layer": 2, "n_loop": 2, "n_embd": 16, "n_head": 2, "d_state": 4}
+    return train.build_model(settings(*flags_of(name, sizes)), SMALL_STAR)
 
 
 def tokens(*shape, seed=0):
@@ -107,6 +111,11 @@ def output(capsys, module, *flags):
     capsys.readouterr()
     assert call(module, *flags) == 0
     return capsys.readouterr().out
+
+
+def asked(capsys, *flags):
+    """What sample.py finds, the JSON form."""
+    return json.loads(output(capsys, sample, "--json", *flags))
 
 
 def refusal(capsys, module, *flags, code=2):
@@ -226,9 +235,8 @@ def test_training_and_test_set_share_no_graph(sizes, n_test):
     (again, _), _ = data.datasets(star, n_train, n_test, 0)
     (other, _), _ = data.datasets(star, n_train, n_test, 1)
     assert (again == train_set).all() and (other != train_set).any()
-    for numbers in ((n_train + 1, n_test), (1, star.count())):
-        with pytest.raises(ValueError, match=f"only {star.count()} different graphs"):
-            data.datasets(star, *numbers, 0)
+    with pytest.raises(ValueError, match=f"only {star.count()} different graphs"):
+        data.datasets(star, n_train + 1, n_test, 0)
 
 
 def test_printed_graphs_are_not_those_of_a_run_with_the_same_seed(capsys):
@@ -246,12 +254,10 @@ def test_printed_graphs_are_not_those_of_a_run_with_the_same_seed(capsys):
 
 @pytest.mark.parametrize("line, says", [
     ("32,3|16,12", "not of the form"),
-    (LINE + ",", "not of the form"),
     (LINE.replace("32", "9" * 5000), "not of the form"),
     (LINE.replace("/32,12=32", "/9,12=9"), "no arm of the start 9"),
     (LINE.replace("47,28", "47,16"), "two lead to the same node"),
     (LINE.replace("47,28", "47,32"), "an edge leads to the start"),
-    (LINE.replace("47,28", "46,28"), "some edges are on no arm"),
     (LINE.replace("47,28", "19,28"), "some edges are on no arm"),
     ("0,1|0,2|2,3/0,3=0,2,3", "not a graph G(2,5)"),
     ("0,1|1,2|2,3|3,4/0,4=", "not a graph G(2,5)"),
@@ -487,13 +493,11 @@ def test_models_run_on_the_meta_device_and_exported(name):
         torch.testing.assert_close(gradients[key], p.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_gpt_refuses_what_cannot_work():
+def test_gpt_refuses_more_tokens_than_it_has_positions_for():
     model = GPT(GPTConfig(block_size=40, vocab_size=14, n_layer=1, n_head=2, n_embd=16))
     for do in (model, lambda idx: model.generate(idx[:, :40], 2)):
         with pytest.raises(ValueError, match="41 tokens is longer than block_size 40"):
             do(tokens(1, 41))
-    with pytest.raises(ValueError, match="multiple of n_head"):
-        GPTConfig(n_head=5, n_embd=16)
 
 
 @pytest.mark.parametrize("width", [96, 768])
@@ -592,20 +596,12 @@ def tensors_of(inputs):
     return {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
 
 
-def weighted_sum(outputs):
-    total = 0
-    for x in outputs:
-        weight = torch.linspace(-1, 1, x.numel(), dtype=torch.float64, device=x.device)
-        total = total + (x.double() * weight.reshape(x.shape)).sum()
-    return total
-
-
 def results_of(scan, inputs):
     """-> {name: tensor}: out, the last state, and the gradients of a weighted sum of both"""
-    out, last = scan(**inputs)
-    given = tensors_of(inputs)
-    gradients = torch.autograd.grad(weighted_sum((out, last)), list(given.values()))
-    return {"out": out, "last": last} | dict(zip(given, gradients))
+    outputs, given = scan(**inputs), tensors_of(inputs)
+    weights = [torch.linspace(-1, 1, x.numel()).to(x).reshape(x.shape) for x in outputs]
+    gradients = torch.autograd.grad(outputs, list(given.values()), weights)
+    return dict(zip(("out", "last", *given), (*outputs, *gradients)))
 
 
 def assert_same(results, expected, tolerance=0):
@@ -724,17 +720,14 @@ def test_results_of_a_scan_may_be_changed_in_place(path, without):
 def test_scan_refuses_what_it_has_no_gradient_for(path):
     """Also where the loss is linear in the scan, as `once_differentiable` would not."""
     inputs = scan_inputs(1, 9, 2, 3, without=("D", "z"))
-    u = inputs["u"].detach()
 
-    def out_of(u):
+    def loss_of(u):
         return selective_scan(**inputs | {"u": u})[0].sum()
 
     with pytest.raises(RuntimeError, match="no second derivatives"):
-        torch.autograd.grad(out_of(inputs["u"]), inputs["u"], create_graph=True)
+        torch.autograd.grad(loss_of(inputs["u"]), inputs["u"], create_graph=True)
     with pytest.raises(RuntimeError, match="with functorch transforms"):
-        torch.func.grad(out_of)(u)
-    with pytest.raises(RuntimeError, match="with functorch transforms"):
-        torch.func.vmap(out_of)(torch.stack([u, u]))
+        torch.func.grad(loss_of)(inputs["u"].detach())
 
 
 def test_scan_under_compile(path):
@@ -801,11 +794,10 @@ def test_scan_refuses_arguments_of_another_form(batch):
 @our_models
 def test_sizes_reach_the_model(name):
     sizes = {"n_layer": 3, "n_loop": 5, "n_embd": 24, "n_head": 2, "d_state": 7, "A_init": 0.5}
-    sizes = {size: value for size, value in sizes.items() if size in train.DEFAULTS[name]}
-    flags = itertools.chain(*[(f"--{size}", value) for size, value in sizes.items()])
-    config = vars(train.build_model(settings("--model", name, *flags), SMALL_STAR).config)
+    config = vars(train.build_model(settings(*flags_of(name, sizes)), SMALL_STAR).config)
     config["n_embd"] = config.get("d_model", config.get("n_embd"))
-    assert config | sizes == config
+    for size in train.DEFAULTS[name].keys() & sizes.keys():
+        assert config[size] == sizes[size]
     assert config["vocab_size"] == SMALL_STAR.vocab_size
 
 
@@ -985,7 +977,6 @@ def test_the_cheat_accuracy_counts_all_nodes_after_the_first_hop(monkeypatch):
 @pytest.mark.parametrize("flags, n, hop, cheat, says", [
     ((), 1000, 0.5, 1, "the Clever Hans cheat"),
     ((), 1000, 0.44, 0.98, "the Clever Hans cheat"),
-    ((), 100, 0.58, 1, "the Clever Hans cheat"),
     ((), 1000, 0.58, 1, "neither solved nor the cheat"),        # too often right for a guess
     ((), 1000, 0.5, 0.97, "neither solved nor the cheat"),
     ((), 1000, 0.99, 1, "solved, the model finds the path"),
@@ -1035,14 +1026,13 @@ def test_graphs_to_judge_on_are_those_that_the_run_has_not_seen(trained, capsys)
     """Of 60 graphs, 30 are trained on and 10 tested on."""
     out = trained("--path_len", 2, "--num_nodes", 5, "--n_train", 30, "--n_test", 10)
     (train_set, _), (test_set, _) = data.datasets(PathStar(2, 2, 5), 30, 10, 0)
-    given = ("--out_dir", out, "--json", "--show", 60, "--num_graphs")
     judged = set()
-    for graph in json.loads(output(capsys, sample, *given, 20))["graphs"]:
+    for graph in asked(capsys, "--out_dir", out, "--show", 20, "--num_graphs", 20)["graphs"]:
         edges = {edge for arm in graph["arms"] for edge in zip(arm, arm[1:])}
         judged.add((frozenset(edges), graph["path"][0], graph["path"][-1]))
     assert len(judged) == 20 and not judged & (as_graphs(train_set) | as_graphs(test_set))
     says = "there are only 60 different graphs G(2,2) with 5 names, not 61"
-    assert says in refusal(capsys, sample, *given, 21)
+    assert says in refusal(capsys, sample, "--out_dir", out, "--num_graphs", 21)
 
 
 # ---- train.py: runs
@@ -1056,7 +1046,7 @@ KEYS = {
 @every_way
 @every_model
 def test_tiny_runs(name, way, trained, capsys):
-    """What a run leaves behind, and what sample.py shows of it."""
+    """What a run leaves behind, and that sample.py finds the same on the same graphs."""
     out = trained("--model", name, *way)
     header, *lines = read_log(out)
     assert list(header) == ["command", "config", "graphs", "versions", "machine"]
@@ -1072,34 +1062,16 @@ def test_tiny_runs(name, way, trained, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["ckpt.pt", "log.jsonl"]
     assert read_ckpt(out)["header"] == header and read_ckpt(out)["lines"] == lines
 
-    # The figures that sample.py prints are those of its JSON, which are those of the log.
     file = out.parent / "test.txt"
     _, test_set = data.datasets(SMALL_STAR, 200, 20, 0)
     file.write_text("\n".join(lines_of(*test_set)))
-    given = ("--out_dir", out, "--file", file, "--show", 8)
-    result = json.loads(output(capsys, sample, *given, "--json"))
+    result = asked(capsys, "--out_dir", out, "--file", file, "--show", 8)
     assert result | lines[-1] == lines[-1] | result
     for graph, logged, text in zip(result["graphs"], lines[-1]["samples"], header["graphs"]):
         assert graph["answer"] == logged["answer"]
         assert text.endswith("=" + ",".join(map(str, graph["path"])))
         p = {arm[1]: share for arm, share in zip(graph["arms"], graph["p_first_hop"])}
         assert logged["p_first_hop"] == pytest.approx(p[graph["path"][1]], abs=1e-4)
-    printed = output(capsys, sample, *given)
-    assert printed.count("\n      answer") == 8 and "on 20 graphs G(2,5)" in printed
-    own = "from $ alone" if "--teacherless" in way else "from its own tokens"
-    for label, prefix in ((own, ""), ("from the true tokens", "forced_")):
-        shares = [*(result[prefix + "node_accuracy"] or ()), result[prefix + "accuracy"]]
-        assert rows_of(printed, label) == ([] if None in shares else [row_of(shares)])
-    assert ("have all nodes after the first hop right" in printed) == (way == ())
-
-
-def row_of(shares):
-    return "".join(f"{share:10.1%}" for share in shares)
-
-
-def rows_of(printed, label):
-    """The shares that sample.py prints behind a label."""
-    return [line[22:] for line in printed.splitlines() if line[:22].rstrip() == label]
 
 
 def assert_same_run(one, two):
@@ -1120,9 +1092,9 @@ class Killed(BaseException):
     """Stands for kill -9: no code handles it."""
 
 
-def call_and_stop(function, count, *flags, error=Killed):
-    """Runs train.py until it calls torch.optim's step or os.replace for the count-th time."""
-    calls = []
+def stop(error, owner, name, count, *flags):
+    """Runs train.py until it calls os.replace or step of AdamW for the count-th time."""
+    original, calls = getattr(owner, name), []
 
     def stopper(*args, **kwargs):
         calls.append(1)
@@ -1131,14 +1103,14 @@ def call_and_stop(function, count, *flags, error=Killed):
         return original(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        owner = os if function == "replace" else torch.optim.AdamW
-        original = getattr(owner, function)
-        patch.setattr(owner, function, stopper)
-        if error is Killed:
-            with pytest.raises(Killed):
-                call(train, *flags)
-        else:
-            return call(train, *flags)
+        patch.setattr(owner, name, stopper)
+        with contextlib.suppress(Killed):
+            assert call(train, *flags) == 1
+    assert len(calls) == count
+
+
+def kill(name, count, *flags):
+    stop(Killed, os if name == "replace" else torch.optim.AdamW, name, count, *flags)
 
 
 @pytest.mark.parametrize("given", [
@@ -1163,7 +1135,7 @@ def test_a_killed_run_resumes_to_the_bit(given, tmp_path, capsys):
         ("replace", 3, resume, 3, 3),
         ("replace", 4, resume, 6, 3),
     ):
-        call_and_stop(function, count, *flags)
+        kill(function, count, *flags)
         assert (parts / "ckpt.pt").exists() == (in_ckpt is not None)
         assert in_ckpt is None or read_ckpt(parts)["lines"][-1]["iter"] == in_ckpt
         assert (parts / "log.jsonl").exists() == (in_log is not None)
@@ -1177,12 +1149,12 @@ def test_a_killed_run_resumes_to_the_bit(given, tmp_path, capsys):
 
 def test_ctrl_c_says_how_to_go_on(trained, tmp_path, capsys):
     flags = (*TINY, "--out_dir", tmp_path / "my run")
-    assert call_and_stop("step", 5, *flags, error=KeyboardInterrupt) == 1
+    stop(KeyboardInterrupt, torch.optim.AdamW, "step", 5, *flags)
     says = capsys.readouterr().err
     assert says.startswith("interrupted. To go on: python train.py --n_layer 1 ")
     words = shlex.split(says.split(": ")[1])[2:]
     assert words == [*map(str, flags), "--resume"]
-    assert call_and_stop("step", 2, *words, error=KeyboardInterrupt) == 1
+    stop(KeyboardInterrupt, torch.optim.AdamW, "step", 2, *words)
     assert capsys.readouterr().err == says
     assert call(train, *words) == 0
     assert_same_run(tmp_path / "my run", trained())
@@ -1194,18 +1166,15 @@ def test_ctrl_c_says_how_to_go_on(trained, tmp_path, capsys):
     (("--seed", 1), "the run has seed 0, not 1"),
     (("--n_embd", 32), "the run has n_embd 16, not 32"),
     (("--out_dir", "new"), "there is no ckpt.pt in new"),
+    ((), "the test graphs are others now, so NumPy has changed"),
 ])
 def test_resume_refuses_other_settings(given, says, copied, monkeypatch, capsys):
     monkeypatch.chdir(copied.parent)
     before = files_of(copied.parent)
+    if given == ():
+        monkeypatch.setattr(data, "draw_unseen", lambda star, n, r, s: data.draw(star, n, rng(9)))
     assert says in refusal(capsys, train, *TINY, "--out_dir", copied, "--resume", *given)
     assert files_of(copied.parent) == before
-
-
-def test_resume_refuses_test_graphs_that_have_changed(trained, monkeypatch, capsys):
-    monkeypatch.setattr(data, "draw_unseen", lambda star, n, r, seen: data.draw(star, n, rng(9)))
-    says = refusal(capsys, train, *TINY, "--out_dir", trained(), "--resume")
-    assert says.endswith("the test graphs are others now, so NumPy has changed\n")
 
 
 def test_nothing_is_overwritten(monkeypatch, tmp_path, capsys):
@@ -1228,7 +1197,7 @@ def test_init_from_starts_with_the_weights_of_another_run(name, trained, tmp_pat
     given = ("--model", name, "--teacherless")
     flags = (*TINY, "--model", name, "--n_loop", 2, "--init_from", trained(*given), "--out_dir")
     more = ("--deg", 1, "--path_len", 4) if name == "mamba" else ()
-    call_and_stop("step", 1, *flags, tmp_path / "new", *more)   # before a step has changed them
+    kill("step", 1, *flags, tmp_path / "new", *more)   # before a step has changed them
     started, weights = read_ckpt(tmp_path / "new")["model"], read_ckpt(trained(*given))["model"]
     assert list(started) == list(weights)
     assert all(torch.equal(started[key], weights[key]) for key in weights)
@@ -1313,7 +1282,7 @@ def test_two_processes_do_what_one_does(trained, tmp_path, capsys):
     assert printed.count("iter ") == 3 and printed.count("where guessing an arm gives") == 1
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["ckpt.pt", "log.jsonl"]
     assert_close_runs(trained(*given), tmp_path / "two")
-    call_and_stop("step", 5, *TINY, *given, "--out_dir", tmp_path / "one")
+    kill("step", 5, *TINY, *given, "--out_dir", tmp_path / "one")
     printed = torchrun(*TINY, *given, "--out_dir", tmp_path / "one", "--resume")
     assert printed.count("iter ") == 1
     assert_close_runs(trained(*given), tmp_path / "one")
@@ -1336,7 +1305,6 @@ def test_two_processes_refuse_an_odd_batch(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("given, says", [
-    (("--model", "rnn"), "invalid choice"),
     (("--n_embed", 3), "unrecognized arguments"),
     (("--lr", 0), "--lr must be above 0"),
     (("--lr", "nan"), "--lr must be above 0"),
@@ -1348,10 +1316,8 @@ def test_two_processes_refuse_an_odd_batch(monkeypatch, tmp_path, capsys):
     (("--num_nodes", 999_999_999), "to 100000, got 999999999"),
     (("--path_len", 1), "path_len 2, got 2 and 1"),
     (("--deg", 0), "argument --deg: must be 1 or more"),
-    (("--seed", -1), "argument --seed: must be 0 or more"),
     (("--n_test", 10 ** 8), "there are only 3628800 different graphs G(2,5) with 10 names"),
     (("--only_first_hop", "--teacherless"), "--only_first_hop goes with neither"),
-    (("--only_first_hop", "--reverse"), "--only_first_hop goes with neither"),
     (("--out_dir", "/dev/null/run"), "Not a directory"),
     (("--resume",), "there is no ckpt.pt in out/gpt-teacher_forced"),
 ])
@@ -1372,8 +1338,6 @@ def test_bad_flags_are_refused_before_anything_is_written(
     (("--graph", "hello"), "--graph, line 1: 'hello' is not of the form"),
     (("--graph", "0,1|0,2/0,1="), "not a graph G(2,5)"),
     (("--num_graphs", 0), "--num_graphs"),
-    (("--num_graphs", 3_628_800), "there are only 3628800 different graphs"),
-    (("--show", -1), "--show"),
 ])
 def test_sample_refuses(given, says, trained, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
@@ -1382,38 +1346,32 @@ def test_sample_refuses(given, says, trained, monkeypatch, tmp_path, capsys):
     assert says in refusal(capsys, sample, "--out_dir", trained(), *given)
 
 
-def test_bfloat16_is_the_default_where_a_gpu_computes_in_it(monkeypatch):
+@pytest.mark.parametrize("native, dtype", [(True, "bfloat16"), (False, "float32")])
+def test_bfloat16_is_the_default_where_a_gpu_computes_in_it(native, dtype, monkeypatch):
     """On an older one PyTorch would only emulate it."""
-    for native, dtype in (True, "bfloat16"), (False, "float32"):
-        def is_bf16_supported(including_emulation=True):
-            return native or including_emulation
+    def is_bf16_supported(including_emulation=True):
+        return native or including_emulation
 
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
-        args = train.make_parser().parse_args([])
-        args.device = "cuda"
-        train.resolve(args)
-        assert args.dtype == dtype
-    assert settings("--device", "cpu").dtype == "float32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    args = train.make_parser().parse_args([])
+    args.device = "cuda"
+    train.resolve(args)
+    assert args.dtype == dtype
 
 
-@pytest.mark.parametrize("damage", ["n_layer", "config", "weights", "half of it", "text"])
-def test_damaged_checkpoints_are_refused(damage, copied, capsys):
+@pytest.mark.parametrize("missing", ["header", "model", "the second half"])
+def test_damaged_checkpoints_are_refused(missing, copied, capsys):
     """By hand, by a full disk, or by an older version. Nothing is written."""
     file, ckpt = copied / "ckpt.pt", read_ckpt(copied)
-    content = b"hello" if damage == "text" else file.read_bytes()[:9000]
-    if damage == "n_layer":
-        ckpt["header"]["config"]["n_layer"] = 2
-    elif damage == "config":
-        del ckpt["header"]["config"]
-    elif damage == "weights":
-        del ckpt["model"]
-    torch.save(ckpt, file)
-    if damage in ("half of it", "text"):
-        file.write_bytes(content)
+    if missing in ckpt:
+        del ckpt[missing]
+        torch.save(ckpt, file)
+    else:
+        file.write_bytes(file.read_bytes()[:9000])
     before = files_of(copied)
-    given = (*TINY, "--out_dir", copied)
-    for module, flags in (train, (*given, "--resume")), (sample, ("--out_dir", copied)):
-        assert "ckpt.pt is not a checkpoint of this train.py" in refusal(capsys, module, *flags)
+    for module, flags in (train, (*TINY, "--resume")), (sample, ()):
+        says = refusal(capsys, module, *flags, "--out_dir", copied)
+        assert "ckpt.pt is not a checkpoint of this train.py" in says
     assert files_of(copied) == before
 
 
@@ -1428,22 +1386,24 @@ def test_pass_by_pass(name, way, trained, tmp_path, capsys):
     graphs, file = data.draw(SMALL_STAR, 30, rng()), tmp_path / "graphs.txt"
     file.write_text("\n".join(lines_of(*graphs)))
     flags = ("--out_dir", trained(*given), "--file", file, "--show", 30)
-    result = json.loads(output(capsys, sample, *flags, "--json"))
+    result = asked(capsys, *flags)
     printed = output(capsys, sample, *flags)
-    assert len(result["passes"]) == 3
+    rows = [("from $ alone" if way else "from its own tokens", result)]
     for n_loop, shares in enumerate(result["passes"], start=1):
         args = settings(*TINY, *given, "--n_loop", n_loop)
         model = train.build_model(args, SMALL_STAR)
         model.load_state_dict(read_ckpt(trained(*given))["model"])
         expected, answers, _ = train.evaluate(args, SMALL_STAR, model, *graphs)
         assert shares == expected
-        row = row_of([*shares["node_accuracy"], shares["accuracy"]])
-        assert rows_of(printed, f"after pass {n_loop}") == [row]
-        assert printed.count(f"\n      pass {n_loop}") == 30
         for graph, answer in zip(result["graphs"], answers.tolist()):
             assert graph["passes"][n_loop - 1] == answer
+        rows.append((f"after pass {n_loop}", shares))
+        assert printed.count(f"\n      pass {n_loop}") == 30
+    for label, shares in rows:
+        shares = [*shares["node_accuracy"], shares["accuracy"]]
+        assert f"\n{label:22}" + "".join(f"{share:10.1%}" for share in shares) in printed
+    assert len(rows) == 4 and ("from the true tokens" in printed) == (way == ())
     assert any(graph["passes"][0] != graph["answer"] for graph in result["graphs"])
-    assert all(graph["passes"][2] == graph["answer"] for graph in result["graphs"])
     once = output(capsys, sample, "--out_dir", trained("--model", name, "--n_loop", 1))
     assert "pass" not in once
 
@@ -1452,45 +1412,38 @@ def test_sample_on_files_and_single_graphs(trained, tmp_path, capsys):
     lines = lines_of(*data.draw(SMALL_STAR, 4, rng()))
     file = tmp_path / "graphs.txt"
     file.write_bytes(("\ufeff\n" + "\r\n\r\n".join(lines)).encode())
-    given = ("--out_dir", trained(), "--json", "--show", 9)
-    whole = json.loads(output(capsys, sample, *given, "--file", file))
+    given = ("--out_dir", trained(), "--show", 9)
+    whole = asked(capsys, *given, "--file", file)
     assert whole["num_graphs"] == 4 and "too few graphs (4)" in whole["verdict"]
-    first = json.loads(output(capsys, sample, *given, "--file", file, "--num_graphs", 3))
-    assert len(first["graphs"]) == first["num_graphs"] == 3
+    assert len(asked(capsys, *given, "--file", file, "--num_graphs", 3)["graphs"]) == 3
     for line, graph in zip(lines, whole["graphs"], strict=True):
         assert graph["path"] == [int(node) for node in line.split("=")[1].split(",")]
-        without_path = line.split("=")[0] + "="
-        [alone] = json.loads(output(capsys, sample, *given, "--graph", without_path))["graphs"]
+        [alone] = asked(capsys, *given, "--graph", line.split("=")[0] + "=")["graphs"]
         assert alone["answer"] == graph["answer"]
-    assert "  answer" not in output(capsys, sample, "--out_dir", trained(), "--show", 0)
 
 
-@pytest.mark.parametrize("way, answer, forced, text", [
-    ((), [1, 2, 3], [1, 2, 5], [
-        "      answer    1 ->  [2] ->  [3]",
-        "        sure  99%     50%    100%",
-        "              first wrong: first hop; walks another arm",
-        "      forced    1 ->  [2] ->    5",
-    ]),
-    (("--reverse",), [0, 2, 5], [1, 4, 5], [                    # written from 5 to 0
-        "      answer  [0] ->  [2] ->    5",
-        "        sure  99%     50%    100%",
-        "              first wrong: first hop",
-        "      forced    1 ->    4 ->    5",
-    ]),
-])
-def test_sample_shows_where_the_answer_leaves_the_path(way, answer, forced, text, capsys):
-    graph = {"path": [1, 4, 5], "arms": [[1, 2, 3], [1, 4, 5]], "p_first_hop": [0.5, 0.25]}
-    graph.update(answer=answer, sure=[0.99, 0.5, 1.0], forced=forced, passes=[[1, 3, 5]])
-    sample.show(graph, ["start", "first hop", "goal"], settings(*way))
+def test_sample_shows_where_the_answer_leaves_the_path(capsys):
+    names, shown = ["start", "first hop", "goal"], {
+        "arms": [[1, 2, 3], [1, 4, 5]], "p_first_hop": [0.5, 0.25], "path": [1, 4, 5],
+        "answer": [1, 2, 3], "sure": [0.99, 0.5, 1.0], "forced": [1, 2, 5], "passes": [[1, 3, 5]],
+    }
+    sample.show(shown, names, settings())
     assert capsys.readouterr().out.splitlines() == [
         "P(first hop)",
         "       50.0%    1 ->    2 ->    3",
         "       25.0%    1 ->    4 ->    5   to the goal",
-        *text,
+        "      answer    1 ->  [2] ->  [3]",
+        "        sure  99%     50%    100%",
+        "              first wrong: first hop; walks another arm",
+        "      forced    1 ->  [2] ->    5",
         "      pass 1    1 ->  [3] ->    5",
         "",
     ]
+    sample.show(shown | {"answer": [0, 2, 5]}, names, settings("--reverse"))
+    assert "\n              first wrong: first hop\n" in capsys.readouterr().out  # written last
+    sample.show(shown | {"answer": [1, 4, 5], "forced": None}, names, settings("--teacherless"))
+    printed = capsys.readouterr().out
+    assert "\n              right\n" in printed and "forced" not in printed
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has other signals")
@@ -1507,25 +1460,23 @@ def test_head_ends_a_script_in_silence(script, trained):
 
 # ---- Files that are copied out
 
-LEARN = """
+GPT_ALONE = """
+from model_gpt import *
+print(GPT(GPTConfig(8, 9, 1, 2, 4)).generate(torch.zeros(2, 3, dtype=int), 2).shape)
+"""
+MAMBA_WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None        # as on macOS and Windows
-import torch
-from {} import *
-model = {}
-idx = torch.randint(9, (2, 8))
-model(idx, idx)[1].backward()
-print(model.generate(idx[:, :3], 2).shape)
+from model_mamba import *
+print(Mamba(MambaConfig(9, 1, 4)).generate(torch.zeros(2, 3, dtype=int), 2).shape)
 """
-LEARN_GPT = LEARN.format("model_gpt", "GPT(GPTConfig(8, 9, 1, 2, 4))")
-LEARN_MAMBA = LEARN.format("model_mamba", "Mamba(MambaConfig(9, 1, 4))")
 TRAIN_MAMBA = ("train.py", *TINY, "--model", "mamba")
 
 
 @pytest.mark.parametrize("files, command, says", [
     ("data.py", ("data.py",), "="),
-    ("model_gpt.py", ("-c", LEARN_GPT), "[2, 5]"),
-    ("model_mamba.py scan_kernel.py", ("-c", LEARN_MAMBA), "[2, 5]"),
+    ("model_gpt.py", ("-c", GPT_ALONE), "[2, 5]"),
+    ("model_mamba.py scan_kernel.py", ("-c", MAMBA_WITHOUT_TRITON), "[2, 5]"),
     ("train.py data.py model_mamba.py scan_kernel.py", TRAIN_MAMBA, "accuracy"),
     ("sample.py train.py data.py model_gpt.py", ("sample.py", "--out_dir", "run"), "a real arm"),
 ])
