@@ -50,11 +50,12 @@ def get_graphs(flags, args, star):
     graphs = []
     for number, line in enumerate(lines, start=1):
         try:
-            graphs.append(from_text(star, line))
+            if line.strip():
+                graphs.append(from_text(star, line))
         except ValueError as error:
             raise ValueError(f"{source}, line {number}: {error}") from None
     if not graphs:
-        raise ValueError(f"{source} is empty")
+        raise ValueError(f"{source} has no graph")
     prefixes, paths = zip(*graphs[:flags.num_graphs])
     return np.array(prefixes), np.array(paths)
 

@@ -14,7 +14,6 @@ import functools
 import json
 import math
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -1081,10 +1080,8 @@ def test_ctrl_c_says_how_to_go_on(trained, tmp_path, capsys):
     flags = (*TINY, "--out_dir", tmp_path / "my run")
     stop(KeyboardInterrupt, "step", 5, *flags)
     says = capsys.readouterr().err
-    assert says.startswith("interrupted. To go on: python train.py --n_layer 1 ")
-    words = shlex.split(says.split(": ")[1])[2:]
-    assert words == [*map(str, flags), "--resume"]
-    assert call(train, *words) == 0
+    assert says.startswith("interrupted: the same command goes on with --resume")
+    assert call(train, *flags, "--resume") == 0
     assert_same_run(tmp_path / "my run", trained())
 
 
@@ -1093,7 +1090,7 @@ def test_ctrl_c_says_how_to_go_on(trained, tmp_path, capsys):
     (("--reverse",), "the run has reverse False, not True"),
     (("--seed", 1), "the run has seed 0, not 1"),
     (("--n_embd", 32), "the run has n_embd 16, not 32"),
-    ((), "the test graphs are others now, so NumPy has changed"),
+    ((), "the test graphs are others now"),
 ])
 def test_resume_refuses_other_settings(given, says, copied, monkeypatch, capsys):
     monkeypatch.chdir(copied.parent)
@@ -1139,7 +1136,7 @@ def test_init_from_starts_with_the_weights_of_another_run(name, trained, tmp_pat
     ("gpt", ("--seed", 1), "that run has seed 0, not 1"),
     ("gpt", ("--n_test", 30), "that run has n_test 20, not 30"),
     ("gpt", ("--model", "mamba"), "that run has model gpt, not mamba"),
-    ("gpt", ("--init_from", "none"), "there is no ckpt.pt in none"),
+    ("gpt", ("--init_from", "none"), "none/ckpt.pt is not a checkpoint of this train.py"),
     ("mamba", ("--A_init", 0.2), "that run has A_init 0.1, not 0.2"),
     ("mamba", ("--d_state", 4), "that run has d_state 16, not 4"),
 ])
@@ -1180,7 +1177,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(training, monkeypatch, tmp_path
 
     monkeypatch.setattr(F, "cross_entropy", explode)
     says = refusal(capsys, train, *TINY, "--out_dir", tmp_path / "run", code=1)
-    assert "the loss is infinite or NaN at step 6" in says and str(tmp_path) in says
+    assert "the loss is infinite or NaN at step 6" in says
     lines = read_log(tmp_path / "run")[1:]
     assert lines == read_ckpt(tmp_path / "run")["lines"] and lines[-1]["iter"] == 3
 
@@ -1222,7 +1219,7 @@ def test_two_processes_refuse_an_odd_batch(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("given, says", [
     (("--lr", "nan"), "--lr must be above 0"),
-    (("--decay_frac", 1.01), "--decay_frac above 0 and at most 1"),
+    (("--decay_frac", 1.01), "--decay_frac must be at most 1"),
     (("--d_state", 4), "--d_state is not a setting of --model gpt"),
     (("--n_embd", 30, "--n_head", 4), "multiple of n_head"),
     (("--num_nodes", 8), "num_nodes must be from 9, the nodes of a graph"),
@@ -1231,7 +1228,7 @@ def test_two_processes_refuse_an_odd_batch(monkeypatch, tmp_path, capsys):
     (("--n_test", 10 ** 8), "there are only 3628800 different graphs G(2,5) with 10 names"),
     (("--only_first_hop", "--teacherless"), "--only_first_hop goes with neither"),
     (("--out_dir", "/dev/null/run"), "Not a directory"),
-    (("--resume",), "there is no ckpt.pt in out/gpt-teacher_forced"),
+    (("--resume",), "ckpt.pt is not a checkpoint of this train.py"),
 ])
 def test_bad_flags_leave_nothing_behind(given, says, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
