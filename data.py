@@ -1,15 +1,18 @@
 """The path-star task (Bachmann & Nagarajan 2024, arXiv 2403.06963, figure 1).
 
-A path-star graph G(deg, path_len) has a start node with `deg` arms. Each arm, with the start, is a
-path of `path_len` nodes. The nodes have different names, drawn from 0 .. num_nodes - 1. The last
-node of one arm is the goal. The task: given the edges in random order, the start and the goal,
-write the path from start to goal.
+A path-star graph G(deg, path_len) has a start node with `deg` arms. An arm is a path of `path_len`
+nodes from the start, which they share, to an end. The nodes have different names, drawn from 0 ..
+num_nodes - 1. The last node of one arm is the goal. The task: given the edges in random order, the
+start and the goal, write the path from start to goal.
 
 As text, one graph a line:  32,3|16,12|3,19|32,34|34,6|6,16|19,47|47,28/32,12=32,34,6,16,12
 
 As tokens: node k is k, `|` is num_nodes, `=` is num_nodes + 1, `/` is num_nodes + 2. Commas are
-not tokens. `$` is num_nodes + 3, and stands in for target tokens in teacherless training. The
-prefix, 3 deg (path_len - 1) + 3 tokens, ends with `=`. The path, path_len tokens, follows it.
+not tokens. `$` is num_nodes + 3, and stands in for target tokens in the teacherless way. The prefix
+ends with `=` and has 3 * deg * (path_len - 1) + 3 tokens. The path follows, with path_len tokens.
+
+Random numbers come from default_rng([seed, k]): k = 0 draws training graphs, 1 test graphs, 2 the
+order of an epoch, 3 the graphs that this file prints, 4 those of sample.py.
 
     python data.py --deg 2 --path_len 5 --num_nodes 10 -n 3 --seed 0        prints three graphs
 """
@@ -21,7 +24,7 @@ import signal
 
 import numpy as np
 
-MAX_NODES = 100_000  # to draw a graph is to shuffle all names
+MAX_NODES = 100_000  # a limit, because drawing a graph shuffles all names
 
 
 class PathStar:
@@ -74,7 +77,7 @@ def draw(star, n, rng):
     edges = np.stack([tails, heads], axis=3).reshape(n, star.n_edges, 2)
     order = rng.permuted(np.tile(np.arange(star.n_edges), (n, 1)), axis=1)
     edges = np.take_along_axis(edges, order[:, :, None], axis=1)
-    # The goal may always be on the first arm, because names and edges are in random order.
+    # The goal is always on the first arm. No harm, because names and edges are in random order.
     paths = np.concatenate([start, arms[:, 0]], axis=1)
     return prefix_tokens(star, edges, paths), paths
 
@@ -110,7 +113,7 @@ def find_arms(edges, start):
 
 
 def move_goals(prefixes):
-    """The same graphs, with the end of another arm as the goal.
+    """Moves each goal to the end of another arm.
 
     prefixes (n, prefix_len) of graphs with two or more arms -> prefixes that differ in the goal
     alone, and the paths to it (n, path_len)
@@ -150,7 +153,7 @@ def draw_unseen(star, n, rng, seen):
         raise ValueError(
             f"there are only {star.count()} different graphs {star}, not {len(seen) + n}"
         )
-    at_once = max(1, (1 << 18) // star.num_nodes)               # so many stay in the cache
+    at_once = max(1, (1 << 18) // star.num_nodes)               # so that they stay in the cache
     seen = set(seen)
     parts = []
     missing = n
@@ -279,7 +282,7 @@ def main():
         star = PathStar(args.deg, args.path_len, args.num_nodes)
     except ValueError as error:
         parser.error(str(error))
-    rng = np.random.default_rng([args.seed, 3])                 # no run of train.py uses this one
+    rng = np.random.default_rng([args.seed, 3])
     for _ in range(args.n):
         prefixes, paths = draw(star, 1, rng)
         print(to_text(prefixes[0].tolist(), paths[0].tolist()))

@@ -5,13 +5,14 @@ S  keys         d  C / n_head, the width of a head
 
 The stack of blocks can be applied n_loop times with the same weights: a looped model (Dehghani et
 al. 2018, arXiv 1807.03819; Saunshi et al. 2025, arXiv 2502.17416). Each time is called a pass. A
-chain of equal steps suits it, because what the blocks learn for one step serves in every pass.
+task of equal steps suits such a model, because it can use in every pass what the blocks learned for
+one step.
 
-Parameters have the names and shapes of nanoGPT, so GPT-2's weights load with `strict=True` once
-its Conv1D matrices are transposed. (A file without lm_head.weight, as transformers writes it, needs
-a copy of transformer.wte.weight under that name.) There is no dropout. The GELU is exact, as in
-nanoGPT. GPT-2 approximates it by a tanh, which is slow on a CPU; `approximate="tanh"` in the MLP
-does the same. The weights with which training starts differ from GPT-2's in three ways:
+Parameters have the names and shapes of nanoGPT, so GPT-2's weights load with `strict=True` once its
+Conv1D matrices are transposed. (A file without lm_head.weight, as `save_pretrained` writes it,
+needs a copy of transformer.wte.weight under that name.) There is no dropout. The GELU is exact, as
+in nanoGPT. GPT-2 approximates it by a tanh, which is slow on a CPU; with `approximate="tanh"` the
+MLP computes GPT-2's. The weights with which training starts differ from GPT-2's in three ways:
 - The table of positions begins as sinusoids, not as noise, and larger than the other weights, so
   that attention to "the token one to the left" is easy to express.
 - The matrices begin larger in a narrow model. At GPT-2's width they begin as GPT-2's do.
@@ -118,7 +119,7 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),
         ))
         # The embedding is the output matrix, too. lm_head is its second name in GPT-2's files. It
-        # stands before the rest, so that loading ends with the embedding, which is used.
+        # is registered first, so that loading ends with the embedding, the one that is used.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = transformer.wte.weight
         self.transformer = transformer
@@ -126,7 +127,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        # A narrow layer sums over few inputs. It needs larger weights to pass on as much.
+        # A narrow layer sums over few inputs, so it needs larger weights for an output as large.
         std = 0.02 * math.sqrt(768 / self.config.n_embd)
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -201,8 +202,8 @@ class GPT(nn.Module):
 def sinusoids(length, width):
     """-> (length, width): sines and cosines of the position (Vaswani et al. 2017, section 3.5)
 
-    The wavelengths go from 4 tokens to nearly 4 times the length. Those are the distances that
-    matter in a table of this length.
+    The wavelengths go from 4 tokens to nearly 4 times the length, so that the longest makes about a
+    quarter of a turn over the table.
     """
     frequency = length ** (-torch.arange(0, width, 2) / width)
     angle = torch.arange(length)[:, None] * math.pi / 2 * frequency  # (length, width / 2)

@@ -1,24 +1,25 @@
 """A Mamba language model, version 1 (Gu & Dao 2023, arXiv 2312.00752).
 
-Each layer mixes a token with the three before it (the convolution). Then it runs a recurrence, in
-which every channel keeps d_state numbers, and each token decides ("selective") how much of them to
-forget, what to write and what to read. The recurrence is the scan of scan_kernel.py.
+Each layer mixes a token with the three before it (the convolution). Then a recurrence runs over the
+tokens, the scan of scan_kernel.py. Every channel keeps d_state numbers, and each token selects how
+much of them to forget, what to write and what to read.
 
     x -> in_proj -> u, z
     u -> conv1d -> silu -> u
     u -> x_proj -> dt_low, B, C     dt_low -> dt_proj -> delta
     scan(u, delta, A, B, C), times silu(z) -> out_proj -> added to x
 
-On a list of edges `a,b|c,d|...` the convolution joins the two ends of an edge, because it hands
-each token its left neighbour. The token of b can then write a into the state in a direction that depends
-on b, and a later token that knows b reads it there: the edge is asked for by its head. Dummies `$`
-are all the same token, so a layer tells them apart by what else is in the convolution's window: `=`
-for the first three, none but dummies from the fourth on. How a model counts further is not known.
+On a list of edges `4,9|9,7|...` the convolution joins the two ends of an edge, because it hands
+each token its left neighbour. So the token 7 of the edge `9,7` can write 9 into the state, in a
+direction that depends on 7. A later token that knows 7 can read 9 there: it asks for the edge by
+its head. All dummies `$` are the same token. The first convolution can tell apart only the first
+three, which have `=` in their window. From the fourth on a model needs the state, or later passes;
+how ours do it was not measured.
 
 name          in the paper
 L             sequence length. In shapes B is the batch; in the code B and C are the scan's
 delta         Delta, how long a token acts: a large one overwrites the state, a small one keeps it.
-              Here it is what Delta is before the scan adds a bias and takes the softplus
+              In the code the scan still adds a bias to it and takes the softplus
 d_model       D, the width of the residual stream. In the code D is the scan's skip connection
 d_inner       E D, the width inside a block (E = expand)
 d_state       N, numbers of state per channel; dstate in scan_kernel.py
@@ -27,7 +28,8 @@ d_conv        the width of the causal convolution before the scan (figure 3)
 
 The stack of layers can be applied n_loop times with the same weights: a looped model (Dehghani et
 al. 2018, arXiv 1807.03819; Saunshi et al. 2025, arXiv 2502.17416). Each time is called a pass. A
-chain of equal steps suits it, because what the layers learn for one step serves in every pass.
+task of equal steps suits such a model, because it can use in every pass what the layers learned for
+one step.
 
 Parameters have the names and shapes of the state-spaces/mamba package, so its published
 checkpoints load with `strict=True`. (They pad the vocabulary to a multiple of 8, as in the default
@@ -61,7 +63,8 @@ class MambaConfig:
     d_conv: int = 4
     expand: int = 2
     dt_rank: int = 0          # 0: d_model / 16, rounded up
-    # softplus(Delta's bias) starts between these two. States last up to 1 / (A_init Delta) steps.
+    # softplus(Delta's bias) starts between these two. The slowest states fade to 1 / e in
+    # 1 / (A_init Delta) steps.
     dt_min: float = 0.001
     dt_max: float = 0.1
 
@@ -158,7 +161,7 @@ class Mamba(nn.Module):
             norm_f=nn.RMSNorm(config.d_model, eps=1e-5),
         ))
         # The embedding is the output matrix, too. lm_head is its second name in published files. It
-        # stands before the backbone, so that loading ends with the embedding, which is used.
+        # is registered first, so that loading ends with the embedding, the one that is used.
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.lm_head.weight = backbone.embedding.weight
         self.backbone = backbone

@@ -5,15 +5,15 @@
     python sample.py --out_dir out/... --graph "0,1|2,3|1,4|0,2/0,4="
 
 For each graph it prints
-- the arms, with the probability that the model gives to setting out on each (one that writes from
-  goal to start, token by token, has written the later nodes by then);
+- the arms, with the probability that the model gives to setting out on each (a reversed model has
+  by then written the later nodes);
 - the model's answer, with the nodes that are not on the path in brackets, and how sure it is of
   each node;
 - what it predicts when it is forced, that is, when it reads the true nodes before each place;
 - what it would answer after pass 1, 2, ... of its layers, if it is a looped model.
 
-Then come the shares of right answers, and one more question: when the goal moves to the end of
-another arm, and nothing else changes, does the first hop follow it?
+Then it prints the shares of right answers, and asks one more question: when the goal moves to the
+end of another arm, and nothing else changes, does the first hop follow it?
 """
 import argparse
 import json
@@ -60,7 +60,7 @@ def get_graphs(flags, args, star):
 
 
 def ask_pass_by_pass(args, star, model, prefixes, paths):
-    """What the model answers after each of its passes: the final norm and the head read them all.
+    """Asks the model after each of its passes, because the final norm and head can read them all.
 
     -> the shares of right tokens, as from `evaluate`, and the answers, for pass 1, 2, ... n_loop
     """
@@ -87,7 +87,7 @@ def print_nodes(label, nodes, path):
 
 
 def show(graph, names, args):
-    """Prints a graph of the JSON form."""
+    """Prints a graph, a dict as in the output of --json."""
     path, answer = graph["path"], graph["answer"]
     print("P(first hop)")
     for arm, p in zip(graph["arms"], graph["p_first_hop"]):

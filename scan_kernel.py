@@ -5,8 +5,8 @@ with the same names: in PyTorch for a CPU, which is the easier to read, and as T
 GPU. `selective_scan`, at the end, puts the other equations around it.
 
 The equations hold for one sequence and one channel. The state h has N numbers, and so have A, B_t,
-C_t and a_t, of which B_t and C_t are shared by all channels. u_t, dt_t, x_t and y_t are one number
-each. Products are elementwise, and <,> is the sum over the N numbers.
+C_t and a_t. All channels share B_t and C_t. u_t, dt_t, x_t and y_t are one number each. Products
+are elementwise, and <,> is the sum over the N numbers.
 
     dt_t = softplus(delta_t + delta_bias)   how long the token acts (Delta)
     x_t = dt_t u_t                          how much it writes, in the direction B_t
@@ -15,8 +15,8 @@ each. Products are elementwise, and <,> is the sum over the N numbers.
     y_t = <C_t, h_t>                        what is read from the state (equation 2b)
     out_t = (y_t + D u_t) silu(z_t)         the skip connection and the gate
 
-The paper's equation 4 has a longer factor of B_t in place of dt_t. Mamba's code takes dt_t, the
-first term of its series (Euler's rule), and so does this file.
+In the paper's equation 4 a longer factor multiplies B_t. Mamba's code takes dt_t, the first term of
+its series (Euler's rule), and so does this file.
 
 The gradient of the recurrence treats x and dt as inputs of their own, because autograd does the
 rest. Let dX be the gradient of the loss with respect to X, and g_t that with respect to h_t. The
@@ -33,12 +33,12 @@ where the gradient of the last state stands in for a_{t+1} g_{t+1} at the last s
 over b is over the sequences of the batch.
 
 The gradient needs every h_t, but all of them together would take N times the memory of x. So the
-forward pass saves only the state before each chunk of CHUNK steps. The backward pass takes the
-chunks from right to left, and computes the states of a chunk again when it gets there.
+forward functions save only the state before each chunk of CHUNK steps. The backward ones take the
+chunks from right to left, and compute the states of a chunk again when they get there.
 
-All functions of the recurrence take and return contiguous tensors of one dtype. Channels come last,
-because then neighbouring channels lie side by side in memory, as the threads of a GPU and the
-vector instructions of a CPU want them:
+These functions take and return contiguous tensors of one dtype. Channels come last, because then
+neighbouring channels lie side by side in memory, as the threads of a GPU and the vector
+instructions of a CPU want them:
 
     x, dt, y        (batch, seqlen, dim)
     A               (dstate, dim)
@@ -58,7 +58,7 @@ try:
 except ImportError:  # macOS and Windows have no Triton, so the scan runs in PyTorch there
     triton = None
 
-CHUNK = 8  # few, because the backward pass holds all states of a chunk
+CHUNK = 8  # few steps, because the backward functions hold all states of a chunk
 
 
 # ---- The recurrence and its gradient in PyTorch
@@ -83,8 +83,8 @@ def by_state(B):
     return B.unsqueeze(3).unbind(1)
 
 
-# Memory is given out once for each group, and all steps write into it (`out=`). To ask for new
-# memory in each of them took up to twice as long.
+# Each group allocates its memory once, and all steps write into it (`out=`), because allocating in
+# every step can take as long as the arithmetic.
 
 
 def cpu_forward(x, dt, A, B, C, initial_state):
@@ -155,11 +155,10 @@ NUM_WARPS = 1     # of a program
 if triton is not None:
     LOG2_E = tl.constexpr(1.4426950408889634)  # a GPU computes powers of 2: e^x = 2^(x log2(e))
 
-    # A kernel is run by many programs at once. Each works on one sequence and BLOCK_D of its
-    # channels. A state is a tile (BLOCK_N, BLOCK_D), x_t and dt_t are (1, BLOCK_D), B_t and C_t
-    # (BLOCK_N, 1). td, tn and nd are the offsets of such tiles in memory, with 64 bits. What lies
-    # beyond the edges is read as 0, which is safe: where dt and x are 0, a is 1, so that a state
-    # stays as it is.
+    # Many programs run a kernel at once. Each works on one sequence and BLOCK_D of its channels. A
+    # state is a tile (BLOCK_N, BLOCK_D), x_t and dt_t are (1, BLOCK_D), B_t and C_t (BLOCK_N, 1).
+    # td, tn and nd are the offsets of such tiles in memory, with 64 bits. Loads beyond the edges
+    # give 0. That is safe, because with dt = x = 0 the factor a is 1, and the state stays as it is.
     #
     # The kernels do not specialize `dim`, because the compiler, if it knew that dim is a multiple
     # of 16, would spread the states of one channel over several threads. Each sum over n would then
@@ -209,7 +208,7 @@ if triton is not None:
         CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     ):
         b = tl.program_id(0).to(tl.int64)
-        block = b * tl.num_programs(1) + tl.program_id(1)       # counts the programs
+        block = b * tl.num_programs(1) + tl.program_id(1)       # the number of this program
         d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         n = tl.arange(0, BLOCK_N).to(tl.int64)[:, None]
         in_d = d < dim
@@ -329,7 +328,7 @@ class Scan(torch.autograd.Function):
 
 
 def exportable(x, dt, A, B, C, initial_state):
-    """-> y and the last state, in steps that autograd knows, as a program of torch.export needs"""
+    """-> y and the last state, by steps that autograd knows, because torch.export needs them"""
     h = initial_state
     y = []
     for t in range(x.shape[1]):
@@ -349,7 +348,7 @@ def scan(x, dt, A, B, C, initial_state):
 
 
 def check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state):
-    """Raises ValueError for an argument of another form: the kernels read raw memory."""
+    """Raises ValueError for a wrong shape, device or dtype, because the kernels read raw memory."""
     if u.dim() != 3 or A.dim() != 2:
         raise ValueError(
             "u must be (batch, dim, seqlen) and A (dim, dstate), got "

@@ -3,18 +3,19 @@
     python train.py --model mamba --teacherless
     python train.py --model mamba                  the same model, trained as usual: it cheats
 
-A run goes on after an interruption with the same command and --resume. It uses several processes
-with `torchrun --standalone --nproc_per_node 2 train.py ...`, one for each GPU.
+After an interruption, the same command with --resume goes on with the run. Several processes, and
+as many GPUs if there are any, share it with `torchrun --standalone --nproc_per_node 2 train.py ...`
 
-There are four ways to train, the first three from Bachmann & Nagarajan 2024 (figure 1). With a
-prefix p, and the path 7 3 9 as the solution to be written, the model
+There are four ways to train. The first three are from Bachmann & Nagarajan 2024 (figure 1). Let p
+be a prefix and 7 3 9 its path:
 
     teacher forcing (default)   reads  p 7 3     predicts  7 3 9     from the true tokens before
     --teacherless               reads  p $ $     predicts  7 3 9     from the prefix alone
     --reverse                   reads  p 9 3     predicts  9 3 7     from goal to start
     --only_first_hop            reads  p 7       predicts  7 3       and no later node
 
-where --teacherless and --reverse can be combined.
+--teacherless and --reverse can be combined. What the model has to write is called the solution, in
+the order of writing. Answers and forced predictions are in the order of the path, start to goal.
 """
 import argparse
 import json
@@ -23,7 +24,6 @@ import os
 import platform
 import re
 import shlex
-import signal
 import sys
 import time
 
@@ -48,9 +48,9 @@ DEFAULTS = {
         "max_iters": 1200, "max_iters_teacherless": 1200,
     },
 }
-STOP_AT = 0.995      # a run stops at the first evaluation with so many test paths right
+STOP_AT = 0.995      # a run stops at the first evaluation with this share of test paths right
 SOLVED = 0.99        # from here on, the verdict is: solved
-EVAL_BATCH = 128     # test graphs in one pass: few, so that they stay in the cache of a CPU
+EVAL_BATCH = 128     # test graphs evaluated at once: few, so that they stay in the cache of a CPU
 N_SAMPLES = 8        # test graphs whose answers stand in the log
 
 # Set by torchrun.
@@ -91,9 +91,9 @@ def inputs_and_targets(star, prefixes, solutions, teacherless):
 
 # ---- Two phases of evaluation, kept apart
 #
-# In *inference* (`accuracy`, `node_accuracy`) the model reads its own tokens, or $ alone if it is
-# teacherless. In the *forced* phase (`forced_accuracy`, `forced_node_accuracy`) it reads the true
-# tokens, as in teacher-forced training. All results are in the order of the path.
+# In *inference* (`accuracy`, `node_accuracy`) the model reads its own tokens, or only $ after the
+# prefix if it is teacherless. In the *forced* phase (`forced_accuracy`, `forced_node_accuracy`) it
+# reads the true tokens, as in teacher-forced training.
 
 
 @torch.no_grad()
@@ -123,8 +123,8 @@ def evaluate(args, star, model, prefixes, paths):
 
     prefixes (n, prefix_len) and paths (n, path_len) are arrays as in data.py, answers and forced
     predictions as from `predict`. `cheat_accuracy` is the share of graphs in which all tokens after
-    the first hop are right when forced: the cheat gets them right, without any plan. Reversed
-    paths have no such cheat.
+    the first hop are right when forced: the cheat gets them right, without any plan. A reversed
+    path has no such cheat.
     """
     device = next(model.parameters()).device
     given, solutions = prefixes_and_solutions(args, prefixes, paths)
@@ -151,10 +151,12 @@ def evaluate(args, star, model, prefixes, paths):
 def goal_moved(args, star, model, prefixes, answers):
     """Does the first hop follow the goal, when the goal moves to another arm and all else stays?
 
-    prefixes (n, prefix_len) are graphs of two or more arms, answers what the model wrote for them.
-    -> a dict: the share of the graphs in which the first hop `turns` to the new goal's arm, and of
-    those in which it `stays` the same node
+    prefixes (n, prefix_len) are graphs, answers what the model wrote for them -> a dict: the share
+    of the graphs in which the first hop `turns` to the new goal's arm, and of those in which it
+    `stays` the same node. None if the graphs have one arm.
     """
+    if star.deg == 1:
+        return None
     moved_prefixes, moved_paths = move_goals(prefixes)
     _, new, _ = evaluate(args, star, model, moved_prefixes, moved_paths)
     to_new_arm = new[:, 1] == torch.from_numpy(moved_paths[:, 1]).to(new.device)
@@ -172,8 +174,8 @@ def probabilities(args, star, model, prefixes, answers):
     prefixes (n, prefix_len), an array; answers as from `predict` -> (n, solution_len, vocab_size)
     """
     prefixes = torch.from_numpy(prefixes).to(answers.device)
-    solutions = flip_if_reversed(args, answers)
-    inputs, _ = inputs_and_targets(star, prefixes, solutions, args.teacherless)
+    written = flip_if_reversed(args, answers)
+    inputs, _ = inputs_and_targets(star, prefixes, written, args.teacherless)
     logits, _ = model(inputs)
     return flip_if_reversed(args, logits[:, -answers.size(1):].float().softmax(dim=2))
 
@@ -203,17 +205,16 @@ def verdict(result, args, n_test):
     if cheat is not None and cheat >= 0.98 and is_guess(first_hop, args, n_test):
         return (
             f"{shown}: the Clever Hans cheat. The first hop is a guess. Given the true nodes, all "
-            f"after it are right in {cheat:.1%} of the graphs, each a step forward along an edge."
+            f"after it are right in {cheat:.1%} of the graphs."
         )
-    return f"{shown}: neither solved nor the cheat. Not trained enough, or on too few graphs."
+    return f"{shown}: neither solved nor the cheat so far."
 
 
 # ---- Model and optimizer
 
 
 def build_model(args, star):
-    """Raises ValueError for sizes that do not fit together, and if a file of the model is missing.
-    """
+    """Raises ValueError for sizes that do not fit together, or a missing file of the model."""
     try:  # imported here, so that one model's files are enough for a run
         if args.model == "gpt":
             from model_gpt import GPT, GPTConfig
@@ -241,9 +242,8 @@ def make_optimizer(model, args):
 
 
 def learning_rate(args, step):
-    """Rises over the first warmup_iters steps, and falls to 0 over the last part of max_iters.
-
-    decay_frac is the size of that part. If the two overlap, the rate never gets as high as lr.
+    """Rises over the first warmup_iters steps, and falls to 0 over the last part, decay_frac, of
+    max_iters. If the two overlap, the rate never gets as high as lr.
     """
     rise = (step + 1) / (args.warmup_iters + 1)
     fall = (1 - step / args.max_iters) / args.decay_frac
@@ -298,7 +298,7 @@ def save(out_dir, model, optimizer, header, lines):
 def load_checkpoint(out_dir):
     """-> the checkpoint of a run, a dict; its settings; its PathStar; its model, on the CPU
 
-    Raises ValueError if there is none of this version of train.py. No code in the file is run.
+    Raises ValueError if ckpt.pt is missing or does not fit this train.py. Loading runs no code.
     """
     path = os.path.join(out_dir, "ckpt.pt")
     try:
@@ -320,14 +320,14 @@ def refuse_another_run(header, other):
         if value != there:
             raise ValueError(f"--resume: the run has {name} {there}, not {value}")
     if header["graphs"] != other["graphs"]:
-        raise ValueError("--resume: the test graphs are others now, so NumPy has changed")
+        raise ValueError("--resume: the test graphs are others now: data.py or NumPy has changed")
 
 
 def start_from(model, args):
     """Gives a new model the weights of another run, for --init_from.
 
-    Raises ValueError if the other run had other names or another model, apart from n_loop, or
-    another seed: then its training graphs might be among the test graphs.
+    Raises ValueError if the other run had other names, another model apart from n_loop, or another
+    seed or n_test, because its training graphs might then be among the test graphs.
     """
     _, other, _, other_model = load_checkpoint(args.init_from)
     same = "model n_layer n_embd n_head d_state A_init num_nodes seed n_test"
@@ -358,34 +358,37 @@ def progress(line, args):
     return text
 
 
+def is_over(args, line):
+    return line["iter"] == args.max_iters or line["accuracy"] >= STOP_AT
+
+
 def log_line(args, star, model, test_set, step, train_loss):
     """Evaluates the model -> a line of the log, a dict. At the end of a run also `goal_moved`."""
     prefixes, paths = test_set
     result, answers, _ = evaluate(args, star, model, prefixes, paths)
+    line = {"iter": step, "examples": step * args.batch_size, "train_loss": train_loss}
+    line.update(lr=learning_rate(args, step), **result, samples=[], goal_moved=None)
     shown = answers[:N_SAMPLES]
     p = probabilities(args, star, model, prefixes[:N_SAMPLES], shown)
-    samples = []
     for answer, path, p_of_answer in zip(shown.tolist(), paths.tolist(), p):
         p_first_hop = round(p_of_answer[1, path[1]].item(), 4)  # of the right one
-        samples.append({"answer": answer, "p_first_hop": p_first_hop})
-    over = step == args.max_iters or result["accuracy"] >= STOP_AT
-    moved = goal_moved(args, star, model, prefixes, answers) if over and star.deg > 1 else None
-    return {
-        "iter": step, "examples": step * args.batch_size, "train_loss": train_loss,
-        "lr": learning_rate(args, step), **result, "samples": samples, "goal_moved": moved,
-    }
+        line["samples"].append({"answer": answer, "p_first_hop": p_first_hop})
+    if is_over(args, line):
+        line["goal_moved"] = goal_moved(args, star, model, prefixes, answers)
+    return line
 
 
-def train(args, star, train_set, test_set, model, device, ckpt=None):
+def train(args, star, train_set, test_set, model, header, ckpt=None):
     """Trains to the end of the run, from a checkpoint on if there is one -> the log's last line"""
+    device = torch.device(args.device)
     model.to(device)
     optimizer = make_optimizer(model, args)
-    header, lines = make_header(args, test_set), []
+    lines = []
     if ckpt is not None:
         optimizer.load_state_dict(ckpt["optimizer"])
         header, lines = ckpt["header"], ckpt["lines"]
         if RANK == 0:
-            save(args.out_dir, model, optimizer, header, lines)  # the log may lack its last line
+            save(args.out_dir, model, optimizer, header, lines)  # if killed, the log lacks a line
     step = lines[-1]["iter"] if lines else 0
     began = time.time() - (lines[-1]["elapsed_s"] if lines else 0.0)
     dtype = getattr(torch, args.dtype)
@@ -397,48 +400,46 @@ def train(args, star, train_set, test_set, model, device, ckpt=None):
     inputs, targets = inputs_and_targets(star, train_prefixes, solutions, args.teacherless)
     inputs, targets = inputs.to(device), targets.to(device)
 
-    losses = []
-    while True:
-        if not lines or (losses and (step % args.eval_interval == 0 or step == args.max_iters)):
-            train_loss, line = None, None
-            if losses:
-                mean_loss = torch.stack(losses).mean() / WORLD_SIZE
-                if WORLD_SIZE > 1:
-                    dist.all_reduce(mean_loss)                  # the sum over the processes
-                train_loss = mean_loss.item()
-            if RANK == 0:
-                model.eval()
-                with autocast:
-                    line = log_line(args, star, model, test_set, step, train_loss)
-                line["elapsed_s"] = round(time.time() - began, 2)
-                if not math.isfinite(line["test_loss"] + (train_loss or 0.0)):
-                    sys.exit(
-                        f"the loss is infinite or NaN at step {step}; a smaller --lr may help. "
-                        f"What was saved before is in {args.out_dir}"
-                    )
-                save(args.out_dir, model, optimizer, header, [*lines, line])
-                print(progress(line, args), flush=True)
-            shared = [line]
-            if WORLD_SIZE > 1:
-                dist.broadcast_object_list(shared)              # so that all stop together
-            lines += shared
-            losses = []
-        if step == args.max_iters or (not losses and lines[-1]["accuracy"] >= STOP_AT):
-            return lines[-1]
+    while not lines or not is_over(args, lines[-1]):
+        # Train up to the next evaluation. The first one shows the model as it starts.
+        stop = min(step + args.eval_interval, args.max_iters) if lines else 0
+        losses = []
+        while step < stop:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args, step)
+            indices = batch_indices(args.n_train, args.batch_size, args.seed, step)
+            indices = torch.from_numpy(indices[RANK::WORLD_SIZE]).to(device)
+            model.train()
+            with autocast:
+                _, loss = step_model(inputs[indices], targets[indices])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.detach())
+            step += 1
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step)
-        indices = batch_indices(args.n_train, args.batch_size, args.seed, step)
-        indices = torch.from_numpy(indices[RANK::WORLD_SIZE]).to(device)
-        model.train()
-        with autocast:
-            _, loss = step_model(inputs[indices], targets[indices])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.detach())
-        step += 1
+        train_loss = None
+        if losses:
+            mean_loss = torch.stack(losses).mean() / WORLD_SIZE
+            if WORLD_SIZE > 1:
+                dist.all_reduce(mean_loss)                      # the sum over the processes
+            train_loss = mean_loss.item()
+        new_lines = [None]
+        if RANK == 0:
+            model.eval()
+            with autocast:
+                line = log_line(args, star, model, test_set, step, train_loss)
+            line["elapsed_s"] = round(time.time() - began, 2)
+            if not math.isfinite(line["test_loss"] + (train_loss or 0.0)):
+                sys.exit(f"the loss is infinite or NaN at step {step}; a smaller --lr may help")
+            new_lines = [line]
+            save(args.out_dir, model, optimizer, header, lines + new_lines)
+            print(progress(line, args), flush=True)
+        if WORLD_SIZE > 1:
+            dist.broadcast_object_list(new_lines)               # so that all stop together
+        lines += new_lines
+    return lines[-1]
 
 
 # ---- Flags
@@ -493,6 +494,7 @@ def make_parser():
         help="of the forward pass (bfloat16 on a GPU that has it)")
     add("--compile", action="store_true", help="use torch.compile for the training steps")
     add("--out_dir", help="folder for log.jsonl and ckpt.pt (default: one in out/)")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on with the run in out_dir")
     add("--overwrite", action="store_true", help="start over if there is a run in out_dir")
     return parser
@@ -511,14 +513,18 @@ def resolve(args):
     teacherless_iters = defaults.pop("max_iters_teacherless")
     if args.teacherless:
         defaults["max_iters"] = teacherless_iters
-    for name in ("n_loop", "n_head", "d_state", "A_init"):
+    for name in ("n_head", "d_state", "A_init"):
         if name not in defaults and getattr(args, name) is not None:
             raise ValueError(f"--{name} is not a setting of --model {args.model}")
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if not (0 < args.lr < math.inf and 0 < args.decay_frac <= 1):
-        raise ValueError("--lr must be above 0, --decay_frac above 0 and at most 1")
+    for name in ("lr", "decay_frac", "A_init"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} must be above 0")
+    if args.decay_frac > 1 or args.weight_decay < 0:
+        raise ValueError("--decay_frac must be at most 1, and --weight_decay at least 0")
     if args.batch_size % WORLD_SIZE:
         raise ValueError(
             f"--batch_size {args.batch_size} cannot be shared evenly by {WORLD_SIZE} processes"
@@ -538,19 +544,19 @@ def main():
     ckpt = None
     try:  # what a user can get wrong shows here, in one line
         resolve(args)
-        device = torch.device(args.device)
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         star = PathStar(args.deg, args.path_len, args.num_nodes)
         train_set, test_set = datasets(star, args.n_train, args.n_test, args.seed)
+        header = make_header(args, test_set)
         torch.manual_seed(args.seed)
         model = build_model(args, star)
-        if args.init_from is not None:
-            start_from(model, args)
         if args.resume:
             ckpt, _, _, model = load_checkpoint(args.out_dir)
-            refuse_another_run(make_header(args, test_set), ckpt["header"])
-        elif RANK == 0:
+            refuse_another_run(header, ckpt["header"])
+        elif args.init_from is not None:
+            start_from(model, args)
+        if RANK == 0 and not args.resume:
             os.makedirs(args.out_dir, exist_ok=args.overwrite)
     except FileExistsError:
         parser.error(
@@ -563,12 +569,11 @@ def main():
         dist.init_process_group()
     if RANK == 0:
         n_params = sum(p.numel() for p in model.parameters())
-        print(f"{args.model}, {n_params:,} parameters, {star}, {device} -> {args.out_dir}")
+        print(f"{args.model}, {n_params:,} parameters, {star}, {args.device} -> {args.out_dir}")
     try:
-        last = train(args, star, train_set, test_set, model, device, ckpt)
+        last = train(args, star, train_set, test_set, model, header, ckpt)
     except KeyboardInterrupt:
-        words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-        sys.exit(f"interrupted. To go on: {shlex.join(['python', 'train.py', *words, '--resume'])}")
+        sys.exit("interrupted: the same command goes on with --resume (and without --overwrite)")
     if RANK == 0:
         print(verdict(last, args, args.n_test))
     if WORLD_SIZE > 1:
@@ -576,6 +581,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it in silence
     main()
