@@ -172,7 +172,7 @@ def main():
         result["goal_moved"] = goal_moved(args, star, model, prefixes, answers)
     p = probabilities(args, star, model, prefixes[:flags.show], answers[:flags.show])
     result["passes"], pass_answers = [], []
-    if args.n_loop and args.n_loop > 1:                         # None for a model without passes
+    if args.n_loop > 1:
         result["passes"], pass_answers = ask_pass_by_pass(args, star, model, prefixes, paths)
 
     graphs, real_arms = [], 0
