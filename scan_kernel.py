@@ -50,7 +50,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -321,8 +320,9 @@ class Scan(torch.autograd.Function):
         return y, last_state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, dlast_state):
+        if torch.is_grad_enabled():  # asked for by create_graph=True
+            raise RuntimeError("the scan has no second derivatives")
         backward = triton_backward if use_triton(dy) else cpu_backward
         return backward(*ctx.saved_tensors, dy.contiguous(), dlast_state.contiguous())
 

@@ -1,23 +1,20 @@
 """Draws the figures in results/figures from the logs in results/logs. It needs matplotlib.
 
-    python results/draw_figures.py
+    python results/scripts/figures.py
 """
 import argparse
-import sys
-from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from data import PathStar, draw, edges_of, find_arms, run_script  # noqa: E402
-from tables import CURES, LOGS, MODELS, cure_runs, read_log, read_logs  # noqa: E402
-from train import TASK  # noqa: E402
+from tables import LOGS, MODELS, OBJECTIVES, RESULTS, cure_runs, read_log, read_logs, size
+from data import PathStar, draw, edges_of, find_arms            # tables.py makes it importable
 
-# These colours differ for the colour-blind, too, and can be read on white and on black. As in the
-# page, blue is right and orange wrong, and no line has these two.
+FOLDER = RESULTS / "figures"
+
+# These colours differ for the colour-blind, too, and can be read on white and on black. Blue is
+# right and orange wrong, and no line has these two.
 BLUE = "#2F86C5"
 ORANGE = "#D55E00"
 PURPLE = "#B650A0"
@@ -25,18 +22,12 @@ GREEN = "#009E73"
 OCHRE = "#A8860B"
 GREY = "#808080"
 HOPS = (                # place in the path, name, colour, style
-    (1, "first hop", PURPLE, "-"),
-    (2, "hop 2", GREEN, "--"),
-    (3, "hop 3", OCHRE, "-."),
-    (4, "goal", GREY, ":"),
+    (1, "hop 1", PURPLE, "-"), (2, "hop 2", GREEN, "--"),
+    (3, "hop 3", OCHRE, "-."), (4, "goal", GREY, ":"),
 )
 SETTINGS = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "savefig.transparent": True,
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "lines.linewidth": 1.6, "savefig.transparent": True,
     "svg.fonttype": "none",
     "svg.hashsalt": "pathstar",  # the same logs give the same file, to the byte
 }
@@ -45,9 +36,7 @@ for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "
 
 
 def save(figure, name):
-    folder = HERE / "figures"
-    folder.mkdir(exist_ok=True)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)
 
 
@@ -71,67 +60,54 @@ def draw_nodes(name, objective, key, ylabel):
     save(figure, name)
 
 
-def examples_before(log):
-    """The examples of the runs before, with whose weights a run began."""
-    return log.before.end["examples"] + examples_before(log.before) if log.before else 0
+def examples_of(log):
+    """Until solved, or until the end. Those of the runs before count, too."""
+    own = (log.solved_line or log.end)["examples"]
+    return own + (examples_of(log.before) if log.before else 0)
 
 
 def draw_graphs():
     """The examples that teacherless models need, over the path's length and the number of arms.
 
-    On the default graph, those of ordinary stacks, too. Runs that began with the weights of others
-    count the examples of all of them.
+    All runs on graphs of two arms or of five nodes are in it. Where there are more than twice as
+    many names as nodes, their number stands to the left.
     """
-    kinds = {   # colour, marker, shift to the right
-        "Mamba": (GREEN, "o", -0.15),
-        "Mamba, each layer once": (GREEN, "s", -0.08),
-        "Mamba, goal first": (GREEN, "v", -0.15),
-        "Mamba, after another run": (OCHRE, "^", 0.0),
-        "Mamba, after another run, goal first": (OCHRE, "v", 0.0),
-        "Transformer": (PURPLE, "o", 0.08),
-        "Transformer, each layer once": (PURPLE, "s", 0.15),
-        "Transformer, goal first": (PURPLE, "v", 0.08),
-        "Transformer, after another run": (GREY, "^", 0.0),
-        "Transformer, after another run, goal first": (GREY, "v", 0.0),
-    }
-    figure, (length_ax, arms_ax) = plt.subplots(1, 2, figsize=(7.2, 3.6), layout="constrained")
-    runs = [log for log in read_logs("loops") if log.config["n_loop"] == 1]
-    runs += read_logs("default") + read_logs("graphs")
-    for log in runs:
-        config = log.config
-        graph = config["deg"], config["path_len"]
-        more_names = graph == (2, 5) and config["num_nodes"] != TASK["num_nodes"]
-        if not config["teacherless"] or more_names:
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.9), layout="constrained")
+    kinds = {}
+    for log in read_logs("default", "loops", "passes", "graphs", "names50"):
+        deg, path_len, num_nodes = size(log)
+        if not log.config["teacherless"]:
             continue
-        kind = log.model
-        if config["n_loop"] == 1:
-            kind += ", each layer once"
+        kind, marker = log.model, "o"
+        color, color_after = (PURPLE, GREY) if log.model == "Transformer" else (GREEN, OCHRE)
+        if log.file.parent.name in ("loops", "passes"):
+            kind, marker = f"{kind}, other layers or passes", "s"
         if log.before:
-            kind += ", after another run"
-        if config["reverse"]:
-            kind += ", goal first"
-        color, marker, shift = kinds[kind]
-        line = log.solved_line
-        examples = (line or log.end)["examples"] + examples_before(log)
-        style = dict(marker=marker if line else "x", color=color, mfc="none", markersize=6)
-        if config["deg"] == 2:
-            length_ax.plot(config["path_len"] + shift, examples, **style)
-        if config["path_len"] == 5:
-            arms_ax.plot(config["deg"] + shift, examples, **style)
-    for ax, label in (
-        (length_ax, "nodes of the path, two arms"),
-        (arms_ax, "arms, five nodes"),
-    ):
+            kind, marker, color = f"{kind}, after another run", "^", color_after
+        if log.config["reverse"]:
+            kind, marker = f"{kind}, goal first", "v"
+        kinds[kind] = dict(marker=marker, color=color, mfc="none", markersize=6, ls="")
+        style = kinds[kind] if log.solved_line else kinds[kind] | {"marker": "x"}
+        shift = {GREEN: -0.15, PURPLE: 0.1}.get(color, 0)
+        for ax, x, is_in in zip(axes, (path_len, deg), (deg == 2, path_len == 5)):
+            if is_in:
+                ax.plot(x + shift, examples_of(log), **style)
+            if is_in and num_nodes > 2 * (deg * (path_len - 1) + 1):
+                ax.annotate(
+                    num_nodes, (x + shift, examples_of(log)), (-5, 0), ha="right", va="center",
+                    textcoords="offset points", fontsize=8
+                )
+    for ax, label in zip(axes, ("nodes of the path, two arms", "arms, five nodes")):
         ax.set_xlabel(label)
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         ax.margins(x=0.1)
         ax.set_yscale("log")
         ax.set_ylim(1e4, 1e6)
         ax.set_yticks([1e4, 1e5, 1e6], ["10k", "100k", "1,000k"])
-    length_ax.set_ylabel("training examples until\nsolved (x: not solved)")
-    for label, (color, marker, _) in kinds.items():
-        length_ax.plot([], [], marker, color=color, mfc="none", label=label)
-    figure.legend(*length_ax.get_legend_handles_labels(), loc="outside upper center", ncol=2)
+    axes[0].set_ylabel("training examples until\nsolved (x: not solved)")
+    for kind in sorted(kinds):
+        axes[0].plot([], [], label=kind, **kinds[kind])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=2)
     save(figure, "graphs")
 
 
@@ -139,29 +115,21 @@ def draw_cures():
     """How many examples each objective needs until the default graph is solved."""
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), sharey=True, layout="constrained")
     panels = dict(zip(("gpt", "mamba"), axes))
-    for (_, model, place), runs in cure_runs().items():
-        for log in runs:
-            if log.config["deg"] != TASK["deg"]:
-                continue
-            line = log.solved_line
-            color, marker = (BLUE, "o") if line else (ORANGE, "x")
-            examples = (line or log.end)["examples"] / 1000
-            panels[model].plot(examples, place, marker, color=color, mfc="none", markersize=6)
+    runs = [log for log in cure_runs() if log.graph == "G(2,5), 10 names"]
+    objectives = [name for name in OBJECTIVES if name in {log.objective for log in runs}]
+    for log in runs:
+        color, marker = (BLUE, "o") if log.solved_line else (ORANGE, "x")
+        place = objectives.index(log.objective)
+        style = dict(color=color, mfc="none", markersize=6)
+        panels[log.config["model"]].plot(examples_of(log) / 1000, place, marker, **style)
     for model, ax in panels.items():
         ax.set_title(MODELS[model])
         ax.set_xlim(0, 1.08 * ax.dataLim.x1)
         ax.grid(axis="y", color=GREY, alpha=0.3)
         ax.set_xlabel("thousand examples until solved (x: not solved)")
-    axes[0].set_yticks(range(len(CURES)), CURES)
+    axes[0].set_yticks(range(len(objectives)), objectives)
     axes[0].invert_yaxis()
     save(figure, "cures")
-
-
-def draw_node(ax, node, x, y, color):
-    ax.text(
-        x, y, node, ha="center", va="center", color="white", weight="bold",
-        bbox=dict(boxstyle="circle,pad=0.35", color=color)
-    )
 
 
 def draw_arm(ax, arm, y, color):
@@ -170,8 +138,11 @@ def draw_arm(ax, arm, y, color):
     for tail, head in zip(places, places[1:]):
         arrow = dict(arrowstyle="-|>", color=color, shrinkA=9, shrinkB=9, lw=1.5)
         ax.annotate("", head, tail, arrowprops=arrow)
-    for node, (x, height) in list(zip(arm, places))[1:]:
-        draw_node(ax, node, x, height, color)
+    for node, place in zip(arm, places):
+        ax.text(
+            *place, node, ha="center", va="center", color="white", weight="bold",
+            bbox=dict(boxstyle="circle,pad=0.35", color=color)
+        )
 
 
 def draw_objective(ax, y, name, fed, answer, first_hop):
@@ -195,14 +166,13 @@ def draw_task():
     other_arm = [arm for arm in find_arms(edges_of(prefix), path[0]) if arm != path][0]
 
     figure, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
-    ax.set(xlim=(-1, 39), ylim=(-7.6, 3.4))
+    ax.set(xlim=(-1, 39), ylim=(-7.6, 3.6))
     ax.axis("off")
-    draw_arm(ax, path, 1.2, BLUE)
     draw_arm(ax, other_arm, -1.2, GREY)
-    draw_node(ax, path[0], 14, 0, BLUE)
-    ax.text(12.6, 0, "start", ha="right", va="center")
-    ax.text(14 + 4.5 * 4 + 1.3, 1.2, "goal", va="center")
-    ax.text(-1, 2.6, "Which arm leads to the goal?", weight="bold")
+    draw_arm(ax, path, 1.2, BLUE)
+    for i, name in enumerate(["start", "hop 1", "hop 2", "hop 3", "goal"]):
+        ax.text(14 + 4.5 * i, 2.4 if i > 0 else 1.2, name, ha="center")
+    ax.text(-1, 3.2, "Which arm\nleads to the goal?", va="top", weight="bold")
 
     words = {star.pipe: "|", star.slash: "/", star.equals: "="}
     for i, token in enumerate(prefix):
@@ -215,7 +185,7 @@ def draw_task():
     draw_objective(ax, -5.5, "teacherless", ["$"] * 4, path, path[1])
     draw_objective(ax, -6.6, "reversed", backwards[:-1], backwards, path[1])
     ax.text(
-        39, -7.5, "the first hop: written first, it needs a plan; reversed, it is one more look-up",
+        39, -7.5, "hop 1: before the other hops it needs a plan; after them it is one step back",
         ha="right", color=PURPLE, fontsize=8
     )
     save(figure, "task")
@@ -234,4 +204,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()
