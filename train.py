@@ -313,14 +313,11 @@ def load_checkpoint(out_dir):
     return ckpt, args, star, model.eval()
 
 
-def refuse_another_run(header, other):
-    """Raises ValueError unless both headers are of the same run, for --resume."""
-    for name, value in header["config"].items():
-        there = other["config"].get(name)
-        if value != there:
-            raise ValueError(f"--resume: the run has {name} {there}, not {value}")
-    if header["graphs"] != other["graphs"]:
-        raise ValueError("--resume: the test graphs are others now: data.py or NumPy has changed")
+def refuse_difference(flag, names, here, there):
+    """Raises ValueError unless these settings of this run, a dict, and of that one are the same."""
+    for name in names:
+        if here.get(name) != there.get(name):
+            raise ValueError(f"{flag}: that run has {name} {there.get(name)}, not {here.get(name)}")
 
 
 def start_from(model, args):
@@ -333,10 +330,7 @@ def start_from(model, args):
     same = "model n_layer n_embd n_head d_state A_init num_nodes seed n_test"
     if args.model == "gpt":
         same += " deg path_len"  # it has a weight for each position
-    for name in same.split():
-        here, there = getattr(args, name), getattr(other, name)
-        if here != there:
-            raise ValueError(f"--init_from: that run has {name} {there}, not {here}")
+    refuse_difference("--init_from", same.split(), vars(args), vars(other))
     model.load_state_dict(other_model.state_dict())
 
 
@@ -553,7 +547,9 @@ def main():
         model = build_model(args, star)
         if args.resume:
             ckpt, _, _, model = load_checkpoint(args.out_dir)
-            refuse_another_run(header, ckpt["header"])
+            there = ckpt["header"]
+            refuse_difference("--resume", header["config"], header["config"], there["config"])
+            refuse_difference("--resume", ["graphs"], header, there)
         elif args.init_from is not None:
             start_from(model, args)
         if RANK == 0 and not args.resume:
