@@ -23,7 +23,7 @@ PAGE = (RESULTS / "explore.html").as_uri()
 DATA = json.loads((RESULTS / "explore_data.js").read_text()[len("const DATA = "):-2])
 STAR = PathStar(*[DATA["models"][0]["config"][name] for name in ("deg", "path_len", "num_nodes")])
 MADE = {"mamba": (Mamba, MambaConfig), "gpt": (GPT, GPTConfig)}
-CONTROL, ARROW_LEFT = "\ue009", "\ue012"                        # as selenium calls them
+CONTROL, END, ARROW_LEFT = "\ue009", "\ue010", "\ue012"                        # as selenium calls them
 pytestmark = pytest.mark.browser
 
 
@@ -122,32 +122,48 @@ def test_each_step_shows_its_claim_on_one_screen(browser, kind, theme):
         places.add(tuple(browser.each(".card > *", "Math.round(x.getBoundingClientRect().top)")))
         return browser.each(".punch")
 
+    def numbers(which):
+        return [[int(text.split()[k]) for k in which] for text in punches()]
+
     browser.open(f"#models={kind}", **{"color-scheme": theme})
     assert punches() == ["It walks the wrong arm.", "It finds the path."]
     hop = browser.each(".answer .is-wrong")[0]
     browser.press("g")
-    assert punches() == [f"Its first hop stays {hop}.", f"Its first hop turns to {hop}."]
+    assert punches() == [
+        f"Its first hop stays {hop}: right only by luck.", f"Its first hop turns to {hop}."]
     browser.press("g2p")
     for shown in range(1, 1 + DATA["models"][0]["config"]["n_loop"]):
         browser.until(lambda: len(browser.each("td.odds")) == 2 * shown + 1)   # row by row
         assert punches()[0].startswith("First hop: ")
     assert punches()[1] in ("Found hop 3, then 2, then 1.", "Found hop 3 and 2, then 1.")
-    browser.press("3")
-    browser.until(lambda: " of 100" in punches()[0])
-    left, right = [int(text.split()[2]) for text in punches()]
+    edges, found, columns = [browser.each(".card", what) for what in (
+        "x.querySelectorAll('mark').length", "x.querySelectorAll('td.new').length",
+        "[2, 3, 4, 5, 6].map((k) => [...x.querySelectorAll(`tr td:nth-child(${k})`)].map("
+        "(cell) => cell.classList.contains('right')))")]
+    assert edges == found and 0 not in found
+    assert all(sorted(cells[:4]) == cells[:4] for card in columns for cells in card)    # for good
+    browser.press("3g")
+    assert punches() == ["", ""] and "step=3" in browser.driver.current_url
+    browser.press("p")
+    browser.until(lambda: "of 100" in punches()[0])
+    (left,), (right,) = numbers([3])
     assert 25 <= left <= 75 and right >= 95
     assert len(browser.each(".dot.wrong")) == 200 - left - right
     browser.press("p")
-    browser.until(lambda: "100 stay" in punches()[0])
-    left, right = [int(text.split()[2]) for text in punches()]
+    browser.until(lambda: sum(numbers([2, 4, 6])[0]) == 100)    # stay, turn, elsewhere
+    (left,), (right,) = numbers([2])
     assert left >= 60 and right <= 5
     browser.press("4")
-    own, forced = [browser.each(f".card:first-child tr:nth-child({row}) td") for row in (3, 4)]
+    assert punches()[0].startswith("Step 0: ")
+    browser.press(END, "#slider")
+    assert punches()[1].startswith("Solved at step ")
+    own, forced = [browser.each(f".card:first-child tr:nth-child({row}) td") for row in (4, 5)]
     assert own[1] == forced[1] and set(forced[2:]) <= {"100 %", "99.9 %"}
-    assert "Of 10 runs each, 0 solved it on the left" in browser.each("#text")[0]
+    assert "0 on the left and 10 on the right are solved" in browser.each("#text")[0]
     browser.press("5")
-    assert punches() and "0 solved it on the left and 10 on the right" in browser.each("#text")[0]
+    assert punches() and "0 on the left and 10 on the right are solved" in browser.each("#text")[0]
     assert browser.each("h2")[1] == "Teacher-forced, goal first"
+    assert browser.each(".card:last-child th[scope=col]")[::4] == ["goal", "start"]
     assert len(places) == 1                                     # nothing jumps
 
 
@@ -179,8 +195,8 @@ def test_keys_leave_menus_and_fields_alone(browser):
         assert all(part in browser.driver.current_url for part in expected)
 
     browser.open("#step=4")
-    press("1g", "#seed", "step=4", "seed=1")
-    press(ARROW_LEFT, "#slider", "step=4", "at=")
+    press("1o", "#seed", "step=4", "seed=1", "at=")             # o: the page has the keys again
+    press(END, "#slider", "step=4", "at=")
     press("5", "#slider", "step=5")
     press(ARROW_LEFT, "#another", "step=4")
     press("1", "#another", "step=1")
@@ -188,29 +204,32 @@ def test_keys_leave_menus_and_fields_alone(browser):
     for text in (own + "gap1", own):
         browser.press(CONTROL + "a", "#own-text")
         browser.press(text + "\n", "#own-text")
-        assert ("This is no graph" in browser.each("#notice")[0]) == (text != own)
+        assert ("does not fit" in browser.each("#notice")[0]) == (text != own)
         assert (own[:-1] in browser.driver.current_url) == (text == own)
-    press("g", ".card button", "step=1", "from=")
+    press("g", "#another", "step=1", "from=")
     press(" ", "[data-focus=goal]", "step=1")
     press("2", "[data-focus=goal]", "step=2")
 
 
 def test_guessing_first_and_little_motion(browser):
     browser.open(**{"reduced-motion": "reduce"})
-    browser.press(" ", "#guess")
-    browser.press("a")
-    assert browser.each(".answer") == ["", ""]
-    browser.press(" ", ".punch button")
-    assert "You guessed" in browser.each("#notice")[0] and "" not in browser.each(".answer")
-    browser.press("p")                                          # to the last pass at once
+    for key, place in ((" ", "#guess"), ("p", "#guess"), ("a", "body")):
+        browser.press(key, place)
+        assert browser.each(".answer, .strip") == [""] * 4
+    for key, place, says in ((" ", ".punch button", "Your guess was"), ("a", "body", ""), (" ", "#guess", "")):
+        browser.press(key, place)
+        assert says in browser.each("#notice")[0]
+    assert "" not in browser.each(".answer, .strip")
+    browser.press("2p")                                         # to the last pass at once
     assert "step=2" in browser.driver.current_url and "pass=" not in browser.driver.current_url
 
 
-def test_a_phone_shows_the_graph_first_and_no_script_a_picture(browser):
+def test_a_phone_shows_text_and_graph_and_no_script_a_picture(browser):
     for hash in ("", "#step=3", "#step=5"):
         browser.open(hash, 360)
         assert browser.each("html", "x.scrollWidth") == [360]
-        assert browser.each(".graph", "x.getBoundingClientRect().bottom")[0] < 370
+        places = browser.each("#text, .graph", "x.getBoundingClientRect().bottom")
+        assert sorted(places) == places and places[1] < 720
     browser.cdp("Emulation.setScriptExecutionDisabled", {"value": True})
     browser.open()
     assert "it needs JavaScript" in browser.driver.find_element("css selector", "body").text
