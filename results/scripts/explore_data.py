@@ -47,11 +47,20 @@ def stored(x):
     if x.dim() == 2 and x.size(1) >= 32:
         scale = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
         parts = {"int8": torch.round(x / scale).to(torch.int8), "scale": scale}
-    return {name: base64.b64encode(part.numpy().tobytes()).decode() for name, part in parts.items()}
+    return parts
+
+
+def as_stored(model):
+    """The model with the rounded weights, which are those that the page asks"""
+    for x in model.state_dict().values():
+        parts = stored(x)
+        x.copy_(parts["float32"] if "float32" in parts else parts["int8"] * parts["scale"])
+    return model
 
 
 def model_for_page(ckpt, args, star, model):
-    weights = {name: stored(x) for name, x in model.state_dict().items() if "lm_head" not in name}
+    weights = {name: {part: base64.b64encode(y.numpy().tobytes()).decode() for part, y in stored(x).items()}
+               for name, x in model.state_dict().items() if "lm_head" not in name}
     return {"kind": args.model, "objective": OBJECTIVES[args.teacherless], "seed": args.seed,
             "config": {**vars(model.config), **vars(star), "teacherless": args.teacherless},
             "made_by": ckpt["header"], "tensors": weights}
@@ -59,7 +68,8 @@ def model_for_page(ckpt, args, star, model):
 
 def telling_graph(left, right):
     """A graph, as text. The left model walks the wrong arm, and its first hop stays if the goal is
-    moved. The right one finds both paths, from the goal back, as few nodes in a pass as can be."""
+    moved, by more than a rounding. The right one finds both paths, from the goal back, as few nodes in
+    a pass as can be."""
     prefixes, paths = draw(left[2], 100, np.random.default_rng(0))
     moved, others = move_goals(prefixes)
     (says, says_moved), (finds, finds_moved) = [
@@ -69,10 +79,12 @@ def telling_graph(left, right):
     tells = (hops == others)[:, :-1].all(1) & known[-1].all(1) & ~known[0, :, 1:-1].any(1)
     tells &= (known[:, :, 1:-1] <= known[:, :, 2:]).all((0, 2))
     tells &= says_moved[-1, :, 1].argmax(1).numpy() == hops[:, 1]
+    first, second = torch.stack([says, says_moved])[:, -1, :, 1].softmax(2).topk(2).values.unbind(2)
+    tells &= (first - second > 0.01).all(0).numpy()
     tells &= (finds_moved[-1].argmax(2).numpy() == others).all(1)
     if not tells.any():
         raise ValueError("no graph tells the two models apart: did both learn?")
-    at_once, sure = np.diff(known.sum(2), axis=0).max(0), says[-1, :, 1].softmax(1).amax(1).numpy()
+    at_once, sure = np.diff(known.sum(2), axis=0).max(0), first[0].numpy()
     return to_text(prefixes[np.where(tells, at_once + sure, np.inf).argmin()].tolist())
 
 
@@ -96,7 +108,7 @@ def main():
     out = folders[0] if len(folders) == 1 else RESULTS
     torch.set_num_threads(1)                                    # small models: more would wait
     try:
-        runs = [load_checkpoint(folder) for folder in folders]
+        runs = [(*run[:3], as_stored(run[3])) for run in map(load_checkpoint, folders)]
         if any(args.reverse or args.only_first_hop for _, args, _, _ in runs):
             raise ValueError("the page asks models that write a path from its start, as a whole")
         telling = {run[1].model: telling_graph(run, other) for run in runs for other in runs if

@@ -23,7 +23,7 @@ PAGE = (RESULTS / "explore.html").as_uri()
 DATA = json.loads((RESULTS / "explore_data.js").read_text()[len("const DATA = "):-2])
 STAR = PathStar(*[DATA["models"][0]["config"][name] for name in ("deg", "path_len", "num_nodes")])
 MADE = {"mamba": (Mamba, MambaConfig), "gpt": (GPT, GPTConfig)}
-CONTROL, ARROW_LEFT = "\ue009", "\ue012"                        # as selenium calls them
+CONTROL, END, ARROW_LEFT = "\ue009", "\ue010", "\ue012"          # as selenium calls them
 pytestmark = pytest.mark.browser
 
 
@@ -32,10 +32,10 @@ class Browser:
         self.driver, self.js, self.cdp = driver, driver.execute_script, driver.execute_cdp_cmd
 
     def open(self, hash="", width=1280, page=PAGE, **media):
-        features = [{"name": f"prefers-{name}", "value": media[name]} for name in media]
-        self.cdp("Emulation.setEmulatedMedia", {"features": features})
-        size = {"width": width, "height": 720, "deviceScaleFactor": 1, "mobile": width < 500}
-        self.cdp("Emulation.setDeviceMetricsOverride", size)
+        self.cdp("Emulation.setEmulatedMedia", {"features": [
+            {"name": f"prefers-{name}", "value": media[name]} for name in media]})
+        self.cdp("Emulation.setDeviceMetricsOverride", {
+            "width": width, "height": 720, "deviceScaleFactor": 1, "mobile": width < 500})
         self.driver.get("about:blank")
         self.driver.get(page + hash)
 
@@ -45,8 +45,9 @@ class Browser:
     def shown(self):
         return self.each("#stage > :not(#notice)"), self.each(".card *", "x.getAttribute('class')")
 
-    def press(self, keys, selector="body"):
+    def press(self, keys, selector="body", *expected):
         self.driver.find_element("css selector", selector).send_keys(keys)
+        assert all(part in self.driver.current_url for part in expected)
 
     def until(self, condition):
         ends = time.time() + 120
@@ -96,8 +97,8 @@ def test_answers_and_passes_are_pytorchs(browser, data):
     browser.open()
     said = browser.js("""
         const { config, model } = allModels[arguments[1]];
-        const graphs = arguments[0].map((text) => parseGraph(text, config));
-        return graphs.map((graph) => ({ arms: graph.arms, ...ask(model, graph) }));
+        return arguments[0].map((text) => parseGraph(text, config))
+          .map((graph) => ({ arms: graph.arms, ...ask(model, graph) }));
     """, [to_text(prefix) for prefix in prefixes.tolist()], DATA["models"].index(data))
     for i, one in enumerate(said):
         chosen = logits[:, i].gather(2, torch.tensor(one["passes"])[:, :, None])[:, :, 0]
@@ -107,9 +108,8 @@ def test_answers_and_passes_are_pytorchs(browser, data):
 
 
 def test_recorded_runs_are_those_of_the_logs():
-    files = [file for objective in (*OBJECTIVES, "reverse")
-             for file in sorted((RESULTS / "logs/default").glob(f"*-{objective}-seed*.jsonl"))]
-    logs = [list(map(json.loads, file.open())) for file in files]
+    logs = [map(json.loads, file.open()) for objective in (*OBJECTIVES, "reverse")
+            for file in sorted((RESULTS / "logs/default").glob(f"*-{objective}-seed*.jsonl"))]
     assert DATA["runs"] == [run_for_page(header, lines) for header, *lines in logs]
 
 
@@ -126,45 +126,50 @@ def test_each_step_shows_its_claim_on_one_screen(browser, kind, theme):
     assert punches() == ["It walks the wrong arm.", "It finds the path."]
     hop = browser.each(".answer .is-wrong")[0]
     browser.press("g")
-    assert punches() == [f"Its first hop stays {hop}.", f"Its first hop turns to {hop}."]
+    assert f"stays {hop}: right only by luck" in punches()[0] and f"turns to {hop}." in punches()[1]
     browser.press("g2p")
     for shown in range(1, 1 + DATA["models"][0]["config"]["n_loop"]):
         browser.until(lambda: len(browser.each("td.odds")) == 2 * shown + 1)   # row by row
-        assert punches()[0].startswith("First hop: ")
+        assert "First hop: " in punches()[0]
     assert punches()[1] in ("Found hop 3, then 2, then 1.", "Found hop 3 and 2, then 1.")
+    assert len(browser.each("mark")) == len(browser.each("td.new")) > 3
+    for kinds in browser.js("return [passKinds(0), passKinds(1)]"):     # found is found for good
+        assert all(sorted(place, key="right".__eq__) == list(place) for place in zip(*kinds))
     browser.press("3")
-    browser.until(lambda: " of 100" in punches()[0])
-    left, right = [int(text.split()[2]) for text in punches()]
+    browser.press("g", "body", browser.driver.current_url)      # not for it
+    assert punches() == ["", ""]
+    browser.press("p")
+    browser.until(lambda: "of 100" in punches()[0])
+    left, right = [int(text.split()[3]) for text in punches()]
     assert 25 <= left <= 75 and right >= 95
     assert len(browser.each(".dot.wrong")) == 200 - left - right
     browser.press("p")
-    browser.until(lambda: "100 stay" in punches()[0])
-    left, right = [int(text.split()[2]) for text in punches()]
-    assert left >= 60 and right <= 5
+    browser.until(lambda: sum(map(int, punches()[0].split()[2::2])) == 100)    # all accounted for
+    assert int(punches()[0].split()[2]) >= 60 and int(punches()[1].split()[2]) <= 5
     browser.press("4")
-    own, forced = [browser.each(f".card:first-child tr:nth-child({row}) td") for row in (3, 4)]
+    assert "Step 0: " in punches()[0]
+    browser.press(END, "#slider")
+    assert "Solved at step " in punches()[1]
+    own, forced = [browser.each(f".card:first-child tr:nth-child({row}) td") for row in (4, 5)]
     assert own[1] == forced[1] and set(forced[2:]) <= {"100 %", "99.9 %"}
-    assert "Of 10 runs each, 0 solved it on the left" in browser.each("#text")[0]
     browser.press("5")
-    assert punches() and "0 solved it on the left and 10 on the right" in browser.each("#text")[0]
-    assert browser.each("h2")[1] == "Teacher-forced, goal first"
+    assert punches() and "0 on the left and 10 on the right are solved" in browser.each("#text")[0]
+    assert browser.each(".card:last-child th[scope=col]")[::4] == ["goal", "start"]
     assert len(places) == 1                                     # nothing jumps
 
 
 def test_the_address_holds_the_state(browser):
-    browser.open()
-    start, pages = browser.shown(), []
-    for key in "mg2oo4oo":
+    def after(key):
         browser.press(key)
-        pages.append((browser.driver.current_url, browser.shown()))
+        return browser.driver.current_url, browser.shown()
+
+    browser.open()
+    start, pages = browser.shown(), list(map(after, "mg2oo4oo"))
     for url, shown in (pages[1], pages[4], pages[-1]):          # pasted
         browser.open(page=url)
         assert browser.shown() == shown
     browser.open()
-    pages = [start]
-    for key in "ma2":
-        browser.press(key)
-        pages.append(browser.shown())
+    pages = [start, *(shown for _, shown in map(after, "ma2"))]
     for move, shown in (("back", 2), ("back", 1), ("back", 0), ("forward", 1)):
         browser.js(f"history.{move}()")
         browser.until(lambda: browser.shown() == pages[shown])
@@ -174,43 +179,39 @@ def test_the_address_holds_the_state(browser):
 
 
 def test_keys_leave_menus_and_fields_alone(browser):
-    def press(keys, selector, *expected):
-        browser.press(keys, selector)
-        assert all(part in browser.driver.current_url for part in expected)
-
     browser.open("#step=4")
-    press("1g", "#seed", "step=4", "seed=1")
-    press(ARROW_LEFT, "#slider", "step=4", "at=")
-    press("5", "#slider", "step=5")
-    press(ARROW_LEFT, "#another", "step=4")
-    press("1", "#another", "step=1")
+    browser.press("1o", "#seed", "step=4", "seed=1", "at=")     # o: the page has the keys again
+    browser.press(END, "#slider", "step=4", "at=")
+    browser.press("5", "#slider", "step=5")
+    browser.press(ARROW_LEFT, "#another", "step=4")
+    browser.press("1")
     own = to_text(draw(STAR, 1, np.random.default_rng(1))[0][0].tolist())
     for text in (own + "gap1", own):
         browser.press(CONTROL + "a", "#own-text")
         browser.press(text + "\n", "#own-text")
-        assert ("This is no graph" in browser.each("#notice")[0]) == (text != own)
+        assert ("does not fit" in browser.each("#notice")[0]) == (text != own)
         assert (own[:-1] in browser.driver.current_url) == (text == own)
-    press("g", ".card button", "step=1", "from=")
-    press(" ", "[data-focus=goal]", "step=1")
-    press("2", "[data-focus=goal]", "step=2")
+    browser.press("g", "#another", "step=1", "from=")
+    browser.press(" 2", "[data-focus=goal]", "step=2")
 
 
 def test_guessing_first_and_little_motion(browser):
     browser.open(**{"reduced-motion": "reduce"})
-    browser.press(" ", "#guess")
-    browser.press("a")
-    assert browser.each(".answer") == ["", ""]
-    browser.press(" ", ".punch button")
-    assert "You guessed" in browser.each("#notice")[0] and "" not in browser.each(".answer")
-    browser.press("p")                                          # to the last pass at once
-    assert "step=2" in browser.driver.current_url and "pass=" not in browser.driver.current_url
+    for key, place, hidden, says in (
+            (" ", "#guess", 4, ""), ("p", "#guess", 4, ""), (" ", ".punch button", 0, "Your guess was"),
+            ("a", "body", 4, ""), (" ", "#guess", 0, "")):
+        browser.press(key, place)
+        assert browser.each(".answer, .strip").count("") == hidden and says in browser.each("#notice")[0]
+    browser.press("2p", "body", "step=2")                       # to the last pass at once
+    assert "pass=" not in browser.driver.current_url
 
 
-def test_a_phone_shows_the_graph_first_and_no_script_a_picture(browser):
+def test_a_phone_shows_text_and_graph_and_no_script_a_picture(browser):
     for hash in ("", "#step=3", "#step=5"):
         browser.open(hash, 360)
         assert browser.each("html", "x.scrollWidth") == [360]
-        assert browser.each(".graph", "x.getBoundingClientRect().bottom")[0] < 370
+        places = browser.each("#text, .graph", "x.getBoundingClientRect().bottom")
+        assert sorted(places) == places and places[1] < 720
     browser.cdp("Emulation.setScriptExecutionDisabled", {"value": True})
     browser.open()
     assert "it needs JavaScript" in browser.driver.find_element("css selector", "body").text
