@@ -236,17 +236,6 @@ def test_training_and_test_set_share_no_graph(sizes, n_test):
         data.datasets(star, n_train + 1, n_test, 0)
 
 
-def test_printed_graphs_are_not_those_of_a_run_with_the_same_seed(capsys):
-    """NumPy draws the same numbers from seed s and [s, 0], so they need a stream of their own."""
-    given = ("--num_nodes", 50, "-n", 300)
-    printed = output(capsys, data, *given, "--seed", 0)
-    assert output(capsys, data, *given) == printed != output(capsys, data, *given, "--seed", 1)
-    prefixes = np.array([data.from_text(STAR, line)[0] for line in printed.splitlines()])
-    (train_set, _), (test_set, _) = data.datasets(STAR, 300, 300, 0)
-    assert not as_graphs(prefixes) & (as_graphs(train_set) | as_graphs(test_set))
-    assert "to 100000, got 999999999" in refusal(capsys, data, "--num_nodes", 999_999_999)
-
-
 @pytest.mark.parametrize("line, says", [
     ("32,3|16,12", "not of the form"),
     (LINE.replace("32", "9" * 5000), "not of the form"),
@@ -270,6 +259,17 @@ def test_every_epoch_sees_every_graph_once():
         seen = np.concatenate([data.batch_indices(n, size, 0, step) for step in range(5)]).tolist()
         assert Counter(seen[:n]) == Counter(seen[n:2 * n]) == Counter(range(n))
         assert seen[:n] != seen[n:2 * n]
+
+
+def test_printed_graphs_are_not_those_of_a_run_with_the_same_seed(capsys):
+    """NumPy draws the same numbers from seed s and [s, 0], so they need a stream of their own."""
+    given = ("--num_nodes", 50, "-n", 300)
+    printed = output(capsys, data, *given, "--seed", 0)
+    assert output(capsys, data, *given) == printed != output(capsys, data, *given, "--seed", 1)
+    prefixes = np.array([data.from_text(STAR, line)[0] for line in printed.splitlines()])
+    (train_set, _), (test_set, _) = data.datasets(STAR, 300, 300, 0)
+    assert not as_graphs(prefixes) & (as_graphs(train_set) | as_graphs(test_set))
+    assert "to 100000, got 999999999" in refusal(capsys, data, "--num_nodes", 999_999_999)
 
 
 @pytest.mark.parametrize("sizes", [(2, 5, 10), (4, 3, 12)])
@@ -717,6 +717,29 @@ def test_scan_memory(path):
         selective_scan(**inputs)
     chunks = math.ceil(42 / scan_kernel.CHUNK)
     assert [x.shape for x in saved if x.dim() > 3] == [(2, chunks, 2, 3)]
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+import scan_kernel
+sizes = {"CHUNK": 8, "BLOCK_N": 16, "BLOCK_D": 32}
+for kernel in (scan_kernel.forward_kernel, scan_kernel.backward_kernel):
+    types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(sizes, "constexpr")
+    types |= {"dim": "i32", "seqlen": "i32", "dstate": "i32"}
+    code = compile(ASTSource(kernel, types, sizes), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+    for line in code.splitlines():
+        if "tt.addptr" in line:
+            print(kernel.__name__, "i64" if "i64" in line.split(" : ")[1] else line)
+"""
+
+
+@pytest.mark.skipif(scan_kernel.triton is None, reason="needs triton")
+def test_scan_kernels_compile_for_a_gpu():
+    """In what they compile to, each offset from a pointer to a tensor is a 64-bit number."""
+    result = python("-c", COMPILE, env=os.environ | {"TRITON_INTERPRET": "0"})
+    assert result.returncode == 0, result.stderr
+    assert set(result.stdout.splitlines()) == {"forward_kernel i64", "backward_kernel i64"}
 
 
 def test_scan_refuses_arguments_of_another_form():
@@ -1263,6 +1286,20 @@ def test_bfloat16_is_the_default_where_a_gpu_computes_in_it(native, dtype, monke
     args.device = "cuda"
     train.resolve(args)
     assert args.dtype == dtype
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PATHSTAR_EVIL"],)
+
+
+def test_a_checkpoint_runs_no_code(copied, monkeypatch, capsys):
+    monkeypatch.setenv("PATHSTAR_EVIL", str(copied / "evil"))
+    torch.save(read_ckpt(copied) | {"more": Malicious()}, copied / "ckpt.pt")
+    assert "is not a checkpoint" in refusal(capsys, sample, "--out_dir", copied)
+    assert not (copied / "evil").exists()
+    torch.load(copied / "ckpt.pt", weights_only=False)          # this would run it
+    assert (copied / "evil").exists()
 
 
 @pytest.mark.parametrize("missing", ["header", "model", "the second half"])
