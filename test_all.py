@@ -1130,7 +1130,7 @@ def test_nothing_is_overwritten(monkeypatch, tmp_path, capsys):
     assert call(train, *TINY, "--max_iters", 1) == 0
     out = tmp_path / "out" / "gpt-teacher_forced-deg2-len5-seed0"
     before = files_of(tmp_path)
-    says = f"out/{out.name} is there already: --resume goes on with the run in it, --overwrite"
+    says = f"out/{out.name} is there: --resume goes on with it, --overwrite"
     assert says in refusal(capsys, train, *TINY)
     assert files_of(tmp_path) == before
     assert call(train, *TINY, "--overwrite") == 0
@@ -1233,7 +1233,7 @@ def test_two_processes_do_what_one_does(trained, tmp_path):
 def test_two_processes_refuse_an_odd_batch(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "WORLD_SIZE", 2)
     monkeypatch.chdir(tmp_path)
-    says = "--batch_size 7 cannot be shared evenly by 2 processes\n"
+    says = "2 processes can't share --batch_size 7\n"
     assert refusal(capsys, train, *TINY, "--batch_size", 7).endswith(says)
     assert not list(tmp_path.iterdir())
 

@@ -131,14 +131,10 @@ def evaluate(args, star, model, prefixes, paths):
     answers, forced, loss = predict(args, star, model, given.to(device), solutions.to(device))
     paths = torch.from_numpy(paths).to(device)[:, :answers.size(1)]
     right = (answers == paths).double()
-    result = {
-        "test_loss": loss,
-        "accuracy": right.prod(dim=1).mean().item(),
-        "node_accuracy": right.mean(dim=0).tolist(),
-        "forced_accuracy": None,
-        "forced_node_accuracy": None,
-        "cheat_accuracy": None,
-    }
+    result = {"test_loss": loss}
+    result["accuracy"] = right.prod(dim=1).mean().item()
+    result["node_accuracy"] = right.mean(dim=0).tolist()
+    result.update(forced_accuracy=None, forced_node_accuracy=None, cheat_accuracy=None)
     if forced is not None:
         right = (forced == paths).double()
         result["forced_accuracy"] = right.prod(dim=1).mean().item()
@@ -278,10 +274,8 @@ def make_header(args, test_set):
 
 
 def save(out_dir, model, optimizer, header, lines):
-    """Writes ckpt.pt, with the log in it, and then log.jsonl.
-
-    Each file is first written beside the old one and then takes its place, so there is a whole
-    checkpoint at every moment.
+    """Writes ckpt.pt, with the log in it, and log.jsonl, each beside the old file before it takes
+    its place. So there is a whole checkpoint at every moment.
     """
     ckpt = {"header": header, "lines": lines}
     ckpt.update(model=model.state_dict(), optimizer=optimizer.state_dict())
@@ -473,19 +467,16 @@ def make_parser():
     add("--batch_size", type=positive_int, help="examples in a step")
     add("--max_iters", type=positive_int, help="maximum number of steps")
     add("--lr", type=float, help="highest learning rate")
-    add("--decay_frac", type=float,
-        help="the part of the run, at its end, in which the learning rate falls to 0")
+    add("--decay_frac", type=float, help="part of the run in which the rate falls to 0")
     add("--weight_decay", type=float, default=0.01, help="AdamW's (%(default)s)")
-    add("--warmup_iters", type=non_negative_int, default=100,
-        help="steps in which the learning rate rises (%(default)s)")
+    add("--warmup_iters", type=non_negative_int, default=100, help="steps of rise (%(default)s)")
 
     add = parser.add_argument_group("run").add_argument
     add("--eval_interval", type=positive_int, default=100, help="in steps (%(default)s)")
     add("--seed", type=non_negative_int, default=0, help="of weights and data (%(default)s)")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--device", choices=devices, default=devices[0], help="(%(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of the forward pass (bfloat16 on a GPU that has it)")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU that has it")
     add("--compile", action="store_true", help="use torch.compile for the training steps")
     add("--out_dir", help="folder for log.jsonl and ckpt.pt (default: one in out/)")
     add = parser.add_mutually_exclusive_group().add_argument
@@ -517,16 +508,14 @@ def resolve(args):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} must be above 0")
-    if args.decay_frac > 1 or args.weight_decay < 0:
-        raise ValueError("--decay_frac must be at most 1, and --weight_decay at least 0")
+    if args.decay_frac > 1:
+        raise ValueError("--decay_frac must be at most 1")
     if args.batch_size % WORLD_SIZE:
-        raise ValueError(
-            f"--batch_size {args.batch_size} cannot be shared evenly by {WORLD_SIZE} processes"
-        )
+        raise ValueError(f"{WORLD_SIZE} processes can't share --batch_size {args.batch_size}")
     if args.dtype is None:
-        on_gpu = args.device == "cuda"
-        native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.dtype = "bfloat16" if native else "float32"
+        args.dtype = "float32"
+        if args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            args.dtype = "bfloat16"
     if args.out_dir is None:
         name = f"{args.model}-{objective_of(args)}-deg{args.deg}-len{args.path_len}-seed{args.seed}"
         args.out_dir = os.path.join("out", name)
@@ -555,10 +544,7 @@ def main():
         if RANK == 0 and not args.resume:
             os.makedirs(args.out_dir, exist_ok=args.overwrite)
     except FileExistsError:
-        parser.error(
-            f"{args.out_dir} is there already: --resume goes on with the run in it, --overwrite "
-            "starts over, --out_dir takes another folder"
-        )
+        parser.error(f"{args.out_dir} is there: --resume goes on with it, --overwrite starts over")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if WORLD_SIZE > 1:
