@@ -60,20 +60,6 @@ def get_graphs(flags, args, star):
     return np.array(prefixes), np.array(paths)
 
 
-def ask_pass_by_pass(args, star, model, prefixes, paths):
-    """Asks the model after each of its passes, because the final norm and head can read them all.
-
-    -> the shares of right tokens, as from `evaluate`, and the answers, for pass 1, 2, ... n_loop
-    """
-    results, all_answers = [], []
-    for n_loop in range(1, args.n_loop + 1):
-        model.config.n_loop = n_loop
-        result, answers, _ = evaluate(args, star, model, prefixes, paths)
-        results.append(result)
-        all_answers.append(answers)
-    return results, all_answers
-
-
 def is_arm(answer, arms):
     """Whether the answer walks one of the arms, right or wrong."""
     return any(answer == arm[:len(answer)] for arm in arms)
@@ -165,17 +151,18 @@ def main():
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
-    result, answers, forced = evaluate(args, star, model, prefixes, paths)
+    passes = []
+    for n_loop in range(1, args.n_loop + 1):
+        model.config.n_loop = n_loop        # the final norm and the head can read every pass
+        result, answers, forced = evaluate(args, star, model, prefixes, paths)
+        passes.append((result, answers))
+    if args.n_loop == 1:
+        passes = []                         # an ordinary stack has nothing to show
+    result["passes"] = [dict(each) for each, _ in passes]
     result["num_graphs"] = len(paths)
     result["verdict"] = verdict(result, args, len(paths))
-    result["goal_moved"] = None
-    if star.deg > 1:
-        result["goal_moved"] = goal_moved(args, star, model, prefixes, answers)
+    result["goal_moved"] = goal_moved(args, star, model, prefixes, answers)
     p = probabilities(args, star, model, prefixes[:flags.show], answers[:flags.show])
-    result["passes"], pass_answers = [], []
-    if args.n_loop > 1:
-        result["passes"], pass_answers = ask_pass_by_pass(args, star, model, prefixes, paths)
-
     graphs, real_arms = [], 0
     for i, (prefix, path, answer) in enumerate(zip(prefixes, paths.tolist(), answers.tolist())):
         arms = find_arms(edges_of(prefix.tolist()), path[0])
@@ -188,7 +175,7 @@ def main():
                 "answer": answer,
                 "sure": [p[i, place, node].item() for place, node in enumerate(answer)],
                 "forced": None if forced is None else forced[i].tolist(),
-                "passes": [each[i].tolist() for each in pass_answers],
+                "passes": [each[i].tolist() for _, each in passes],
             })
     result["real_arm"] = real_arms / len(paths)
     if flags.json:
