@@ -376,7 +376,7 @@ def train(args, star, train_set, test_set, model, header, ckpt=None):
         optimizer.load_state_dict(ckpt["optimizer"])
         header, lines = ckpt["header"], ckpt["lines"]
         if RANK == 0:
-            save(args.out_dir, model, optimizer, header, lines)  # if killed, the log lacks a line
+            save(args.out_dir, model, optimizer, header, lines)  # a killed run's log may lack one
     step = lines[-1]["iter"] if lines else 0
     began = time.time() - (lines[-1]["elapsed_s"] if lines else 0.0)
     dtype = getattr(torch, args.dtype)
