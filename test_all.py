@@ -889,7 +889,7 @@ class HandMade(nn.Module):
 
     def __init__(self, star, plans):
         super().__init__()
-        self.star, self.plans = star, plans
+        self.star, self.plans, self.config = star, plans, GPTConfig()
         self.matrix, self.vector = nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1))
 
     def forward(self, idx, targets=None):
