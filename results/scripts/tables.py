@@ -175,6 +175,7 @@ CELLS = {               # what stands in the column with this head, for the runs
     "graph": lambda runs: runs[0].graph,
     "hops 1, 2, ...": hops,
     "layers x passes": lambda runs: "{n_layer} x {n_loop}".format(**runs[0].config),
+    "lr": lambda runs: runs[0].config["lr"],
     "model": lambda runs: runs[0].model,
     "objective": lambda runs: runs[0].objective,
     "paths right": at_end("accuracy"),
@@ -209,8 +210,8 @@ TABLES = {
         "examples until solved | steps at most"
     ),
     "names50": (
-        lambda: read_logs("names50"), "size model objective before",
-        "graph | model | objective | begins with | solved | paths right | hops 1, 2, ... | "
+        lambda: read_logs("names50"), "size model objective before lr",
+        "graph | model | objective | begins with | lr | solved | paths right | hops 1, 2, ... | "
         "examples until solved"
     ),
     "cures": (
