@@ -40,16 +40,16 @@ def save(figure, name):
     plt.close(figure)
 
 
-def draw_nodes(name, objective, key, ylabel):
-    """How often each node is right, over the training of a default run of each model, seed 0."""
+def draw_nodes(name, panels, key, ylabel):
+    """How often each node is right, over the training of two runs: panels is {title: record}."""
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), sharey=True, layout="constrained")
-    for model, ax in zip(("gpt", "mamba"), axes):
-        log = read_log(LOGS / "default" / f"{model}-{objective}-seed0.jsonl")
+    for (title, record), ax in zip(panels.items(), axes):
+        log = read_log(LOGS / f"{record}.jsonl")
         examples = [line["examples"] for line in log.lines]
         for place, label, color, style in HOPS:
             shares = [line[key][place] for line in log.lines]
             ax.plot(examples, shares, style, color=color, label=label)
-        ax.set_title(f"{MODELS[model]}, {objective.replace('_', '-')}")
+        ax.set_title(title)
         ax.set_xlabel("training examples")
         ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
         ax.axhline(0.5, color=GREY, lw=0.8, ls=":")
@@ -196,8 +196,18 @@ def main():
     matplotlib.use("svg")
     plt.rcParams.update(SETTINGS)
     forced, free = "right, given the true\nnodes before", "right, from the prefix alone"
-    draw_nodes("clever_hans", "teacher_forced", "forced_node_accuracy", forced)
-    draw_nodes("cascade", "teacherless", "node_accuracy", free)
+    draw_nodes("clever_hans", {
+        "Transformer, teacher-forced": "default/gpt-teacher_forced-seed0",
+        "Mamba, teacher-forced": "default/mamba-teacher_forced-seed0",
+    }, "forced_node_accuracy", forced)
+    draw_nodes("cascade", {
+        "Transformer, teacherless": "default/gpt-teacherless-seed0",
+        "Mamba, teacherless": "default/mamba-teacherless-seed0",
+    }, "node_accuracy", free)
+    draw_nodes("names", {
+        "Mamba, goal first, 10 names": "graphs/mamba-teacherless-reverse-deg2-len5-seed0",
+        "Mamba, goal first, 50 names": "names50/mamba-teacherless-reverse-seed0",
+    }, "node_accuracy", free)
     draw_graphs()
     draw_cures()
     draw_task()
