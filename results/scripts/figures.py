@@ -21,10 +21,8 @@ PURPLE = "#B650A0"
 GREEN = "#009E73"
 OCHRE = "#A8860B"
 GREY = "#808080"
-HOPS = (                # place in the path, name, colour, style
-    (1, "hop 1", PURPLE, "-"), (2, "hop 2", GREEN, "--"),
-    (3, "hop 3", OCHRE, "-."), (4, "goal", GREY, ":"),
-)
+HOPS = ((PURPLE, "-"), (GREEN, "--"), (OCHRE, "-."), (PURPLE, ":"))    # hop 1, hop 2, ...
+GOAL = (GREY, ":")
 SETTINGS = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "lines.linewidth": 1.6, "savefig.transparent": True,
@@ -46,9 +44,11 @@ def draw_nodes(name, panels, key, ylabel):
     for (title, record), ax in zip(panels.items(), axes):
         log = read_log(LOGS / f"{record}.jsonl")
         examples = [line["examples"] for line in log.lines]
-        for place, label, color, style in HOPS:
+        n_hops = log.config["path_len"] - 2
+        labels = [f"hop {i}" for i in range(1, n_hops + 1)] + ["goal"]
+        for place, (label, style) in enumerate(zip(labels, [*HOPS[:n_hops], GOAL]), start=1):
             shares = [line[key][place] for line in log.lines]
-            ax.plot(examples, shares, style, color=color, label=label)
+            ax.plot(examples, shares, style[1], color=style[0], label=label)
         ax.set_title(title)
         ax.set_xlabel("training examples")
         ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
@@ -208,6 +208,10 @@ def main():
         "Mamba, goal first, 10 names": "graphs/mamba-teacherless-reverse-deg2-len5-seed0",
         "Mamba, goal first, 50 names": "names50/mamba-teacherless-reverse-seed0",
     }, "node_accuracy", free)
+    draw_nodes("short_plans", {
+        "Mamba, teacher-forced, G(2,4)": "controls/mamba-teacher_forced-deg2-len4-seed0",
+        "Mamba, teacher-forced, G(2,6)": "controls/mamba-teacher_forced-deg2-len6-seed0",
+    }, "node_accuracy", "right, from the model's\nown tokens")
     draw_graphs()
     draw_cures()
     draw_task()

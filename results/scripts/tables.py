@@ -162,11 +162,12 @@ def begins_with(runs):
     if before is None:
         return "-"
     pairs = [(before.graph, run.graph), (before.objective, run.objective)]
-    return ", ".join(other for other, own in pairs if other != own)
+    return ", ".join(other for other, own in pairs if other != own) or "the same"
 
 
 CELLS = {               # what stands in the column with this head, for the runs of a row
     "A_init": lambda runs: runs[0].config["A_init"] or "-",
+    "at step 0": lambda runs: percent([run.lines[0]["accuracy"] for run in runs]),
     "begins with": begins_with,
     "command": lambda runs: f"`{runs[0].command}`",
     "examples until solved": examples_until_solved,
@@ -198,8 +199,8 @@ TABLES = {
         "steps until it stopped"
     ),
     "long": (
-        lambda: read_logs("long", "controls", "graphs", only=OBJECTIVES[:2]),
-        "objective size model max_iters",
+        lambda: read_logs("long", "controls", "graphs", "names50", only=OBJECTIVES[:2]),
+        "objective size model folder",
         "objective | graph | model | runs | first hop right | forced: later nodes | "
         "training loss | test loss | steps at most"
     ),
@@ -210,9 +211,10 @@ TABLES = {
         "examples until solved | steps at most"
     ),
     "names50": (
-        lambda: read_logs("names50"), "size model objective before lr",
-        "graph | model | objective | begins with | lr | solved | paths right | hops 1, 2, ... | "
-        "examples until solved"
+        lambda: read_logs("names50", only=OBJECTIVES[2:]),
+        "size model objective before lr max_iters",
+        "graph | objective | begins with | lr | steps at most | at step 0 | solved | paths right | "
+        "hops 1, 2, ... | examples until solved"
     ),
     "cures": (
         cure_runs, "objective",
@@ -226,6 +228,7 @@ def key(log, names):
     """What runs in one row have in common. The rows are sorted by it."""
     special = {
         "size": size(log), "objective": OBJECTIVES.index(log.objective),
+        "folder": log.file.parent.name,
         "before": size(log.before) if log.before else (),
     }
     return [special.get(name, log.config.get(name)) for name in names.split()]
