@@ -46,9 +46,10 @@ def draw_nodes(name, panels, key, ylabel):
         examples = [line["examples"] for line in log.lines]
         n_hops = log.config["path_len"] - 2
         labels = [f"hop {i}" for i in range(1, n_hops + 1)] + ["goal"]
-        for place, (label, style) in enumerate(zip(labels, [*HOPS[:n_hops], GOAL]), start=1):
+        styles = [*HOPS[:n_hops], GOAL]
+        for place, (label, (color, style)) in enumerate(zip(labels, styles), start=1):
             shares = [line[key][place] for line in log.lines]
-            ax.plot(examples, shares, style[1], color=style[0], label=label)
+            ax.plot(examples, shares, style, color=color, label=label)
         ax.set_title(title)
         ax.set_xlabel("training examples")
         ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
@@ -69,11 +70,11 @@ def examples_of(log):
 def draw_graphs():
     """The examples that teacherless models need, over the path's length and the number of arms.
 
-    All runs on graphs of two arms or of five nodes are in it. Where there are more than twice as
-    many names as nodes, their number stands to the left.
+    All runs on graphs of two arms or of five nodes are in it. Those with more than twice as many
+    names as nodes stand to the left of the others, below their numbers of names.
     """
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.9), layout="constrained")
-    kinds = {}
+    kinds, columns = {}, {}
     for log in read_logs("default", "loops", "passes", "graphs", "names50"):
         deg, path_len, num_nodes = size(log)
         if not log.config["teacherless"]:
@@ -89,14 +90,18 @@ def draw_graphs():
         kinds[kind] = dict(marker=marker, color=color, mfc="none", markersize=6, ls="")
         style = kinds[kind] if log.solved_line else kinds[kind] | {"marker": "x"}
         shift = {GREEN: -0.15, PURPLE: 0.1}.get(color, 0)
+        many_names = num_nodes > 2 * (deg * (path_len - 1) + 1)
+        if many_names:
+            shift = -0.5
         for ax, x, is_in in zip(axes, (path_len, deg), (deg == 2, path_len == 5)):
             if is_in:
                 ax.plot(x + shift, examples_of(log), **style)
-            if is_in and num_nodes > 2 * (deg * (path_len - 1) + 1):
-                ax.annotate(
-                    num_nodes, (x + shift, examples_of(log)), (-5, 0), ha="right", va="center",
-                    textcoords="offset points", fontsize=8
-                )
+            if is_in and many_names:
+                column = columns.setdefault((ax, x + shift), {})
+                column[examples_of(log)] = num_nodes
+    for (ax, x), column in columns.items():
+        names = ", ".join(map(str, sorted(set(column.values()))))
+        ax.annotate(names, (x, 1.15 * max(column)), ha="center", fontsize=8)
     for ax, label in zip(axes, ("nodes of the path, two arms", "arms, five nodes")):
         ax.set_xlabel(label)
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
