@@ -559,7 +559,7 @@ def main():
     if RANK == 0:
         print(verdict(last, args, args.n_test))
     if WORLD_SIZE > 1:
-        dist.barrier()                                          # a process must not leave the others
+        dist.barrier()                                          # none may leave before the others
         dist.destroy_process_group()
 
 

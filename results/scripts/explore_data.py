@@ -58,9 +58,15 @@ def as_stored(model):
     return model
 
 
+def as_text(x):
+    return base64.b64encode(x.numpy().tobytes()).decode()
+
+
 def model_for_page(ckpt, args, star, model):
-    weights = {name: {part: base64.b64encode(y.numpy().tobytes()).decode() for part, y in stored(x).items()}
-               for name, x in model.state_dict().items() if "lm_head" not in name}
+    weights = {}
+    for name, x in model.state_dict().items():
+        if "lm_head" not in name:
+            weights[name] = {part: as_text(y) for part, y in stored(x).items()}
     return {"kind": args.model, "objective": OBJECTIVES[args.teacherless], "seed": args.seed,
             "config": {**vars(model.config), **vars(star), "teacherless": args.teacherless},
             "made_by": ckpt["header"], "tensors": weights}
@@ -68,8 +74,8 @@ def model_for_page(ckpt, args, star, model):
 
 def telling_graph(left, right):
     """A graph, as text. The left model walks the wrong arm, and its first hop stays if the goal is
-    moved, by more than a rounding. The right one finds both paths, from the goal back, as few nodes in
-    a pass as can be."""
+    moved, by more than a rounding. The right one finds both paths, from the goal back, as few nodes
+    in a pass as can be."""
     prefixes, paths = draw(left[2], 100, np.random.default_rng(0))
     moved, others = move_goals(prefixes)
     (says, says_moved), (finds, finds_moved) = [

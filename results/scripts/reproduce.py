@@ -115,10 +115,8 @@ def commit():
 
 
 def keep(name, log, made_by):
-    """Keeps a log as the record. Its header gets the commit, and the patch if there is one."""
+    """Keeps a log as the record. Its header gets the commit."""
     header = log.header | {"commit": made_by}
-    if patch_of(name) is not None:
-        header["patch"] = patch_of(name).name
     record = LOGS / f"{name}.jsonl"
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text("".join(json.dumps(line) + "\n" for line in (header, *log.lines)))
