@@ -7,8 +7,7 @@
 For each graph it prints
 - the arms, with the probability that the model gives to setting out on each (a reversed model has
   by then written the later nodes);
-- the model's answer, with the nodes that are not on the path in brackets, and how sure it is of
-  each node;
+- the model's answer, with the nodes that are not on the path in brackets;
 - what it predicts when it is forced, that is, when it reads the true nodes before each place;
 - what it would answer after pass 1, 2, ... of its layers, if it is a looped model.
 
@@ -73,23 +72,14 @@ def print_nodes(label, nodes, path):
     print(f"{label:>12}" + " ->".join(texts))
 
 
-def show(graph, names, args):
+def show(graph):
     """Prints a graph, a dict as in the output of --json."""
-    path, answer = graph["path"], graph["answer"]
+    path = graph["path"]
     print("P(first hop)")
     for arm, p in zip(graph["arms"], graph["p_first_hop"]):
         nodes = " ->".join(f"{node:5}" for node in arm)
         print(f"{p:12.1%}{nodes}" + ("   to the goal" if arm == path else ""))
-    print_nodes("answer", answer, path)
-    print(f"{'sure':>12}" + "   ".join(f"{share:5.0%}" for share in graph["sure"]))
-    wrong = [place for place, node in enumerate(answer) if node != path[place]]
-    text = "right"
-    if wrong:
-        first = wrong[-1] if args.reverse else wrong[0]         # in the order of writing
-        text = f"first wrong: {names[first]}"
-        if is_arm(answer, graph["arms"]):
-            text += "; walks another arm"
-    print(f"{'':14}{text}")
+    print_nodes("answer", graph["answer"], path)
     if graph["forced"] is not None:
         print_nodes("forced", graph["forced"], path)
     for i, answer in enumerate(graph["passes"], start=1):
@@ -97,8 +87,8 @@ def show(graph, names, args):
     print()
 
 
-def print_shares(label, shares):
-    print(f"{label:22}" + "".join(f"{share:10.1%}" for share in shares))
+def print_shares(label, of_nodes, of_paths):
+    print(f"{label:22}" + "".join(f"{share:10.1%}" for share in [*of_nodes, of_paths]))
 
 
 def print_result(result, names, args, star):
@@ -106,15 +96,12 @@ def print_result(result, names, args, star):
     print(f"{model}, on {n} graphs {star} (guessing an arm: {1 / star.deg:.1%})")
     print(f"{'':22}" + "".join(f"{name:>10}" for name in [*names, "all"]))
     own = "from $ alone" if args.teacherless else "from its own tokens"
-    print_shares(own, [*result["node_accuracy"], result["accuracy"]])
+    print_shares(own, result["node_accuracy"], result["accuracy"])
     if result["forced_accuracy"] is not None:
-        shares = [*result["forced_node_accuracy"], result["forced_accuracy"]]
-        print_shares("from the true tokens", shares)
+        forced = result["forced_node_accuracy"], result["forced_accuracy"]
+        print_shares("from the true tokens", *forced)
     for i, each in enumerate(result["passes"], start=1):
-        print_shares(f"after pass {i}", [*each["node_accuracy"], each["accuracy"]])
-    if result["cheat_accuracy"] is not None:
-        share = result["cheat_accuracy"]
-        print(f"{share:.1%} have all nodes after the first hop right, from the true tokens")
+        print_shares(f"after pass {i}", each["node_accuracy"], each["accuracy"])
     print(f"{result['real_arm']:.1%} of the answers walk a real arm, right or wrong")
     if result["goal_moved"] is not None:
         turns, stays = result["goal_moved"]["turns"], result["goal_moved"]["stays"]
@@ -173,7 +160,6 @@ def main():
                 "arms": arms,
                 "p_first_hop": [p[i, 1, arm[1]].item() for arm in arms],
                 "answer": answer,
-                "sure": [p[i, place, node].item() for place, node in enumerate(answer)],
                 "forced": None if forced is None else forced[i].tolist(),
                 "passes": [each[i].tolist() for _, each in passes],
             })
@@ -184,7 +170,7 @@ def main():
     hops = ["first hop", *[f"hop {i}" for i in range(2, star.path_len - 1)]]
     names = ["start", *hops, "goal"][:answers.size(1)]
     for graph in graphs:
-        show(graph, names, args)
+        show(graph)
     print_result(result, names, args, star)
 
 
