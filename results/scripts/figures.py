@@ -75,7 +75,7 @@ def draw_graphs():
     """
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.9), layout="constrained")
     kinds, columns = {}, {}
-    for log in read_logs("default", "loops", "passes", "graphs", "names50"):
+    for log in read_logs("default", "loops", "passes", "controls", "graphs", "names50"):
         deg, path_len, num_nodes = size(log)
         if not log.config["teacherless"]:
             continue

@@ -59,6 +59,15 @@ class Log:
         return shlex.join(["python", "train.py", *without(self.flags, "--seed")])
 
     @property
+    def other_flags(self):
+        """Those that name the model and change its settings."""
+        named_apart = (
+            "--teacherless", "--reverse", "--only_first_hop", "--deg", "--path_len", "--num_nodes",
+            "--seed", "--init_from", "--eval_interval"
+        )
+        return shlex.join(without(self.flags, *named_apart))
+
+    @property
     def model(self):
         return MODELS.get(self.config["model"], self.config["model"])
 
@@ -166,7 +175,6 @@ def begins_with(runs):
 
 
 CELLS = {               # what stands in the column with this head, for the runs of a row
-    "A_init": lambda runs: runs[0].config["A_init"] or "-",
     "at step 0": lambda runs: percent([run.lines[0]["accuracy"] for run in runs]),
     "begins with": begins_with,
     "command": lambda runs: f"`{runs[0].command}`",
@@ -175,10 +183,9 @@ CELLS = {               # what stands in the column with this head, for the runs
     "forced: later nodes": later_nodes,
     "graph": lambda runs: runs[0].graph,
     "hops 1, 2, ...": hops,
-    "layers x passes": lambda runs: "{n_layer} x {n_loop}".format(**runs[0].config),
-    "lr": lambda runs: runs[0].config["lr"],
     "model": lambda runs: runs[0].model,
     "objective": lambda runs: runs[0].objective,
+    "other flags": lambda runs: f"`{runs[0].other_flags}`",
     "paths right": at_end("accuracy"),
     "runs": len,
     "solved": solved,
@@ -186,6 +193,7 @@ CELLS = {               # what stands in the column with this head, for the runs
     "solved, seeds 5-9": lambda runs: solved([run for run in runs if run.config["seed"] >= 5]),
     "steps at most": lambda runs: spread([run.config["max_iters"] for run in runs]),
     "steps until it stopped": at_end("iter", form=spread),
+    "training graphs": lambda runs: f"{runs[0].config['n_train']:,}",
     "test loss": at_end("test_loss", form=partial(spread, form="{:.3f}")),
     "training loss": at_end("train_loss", form=partial(spread, form="{:.3f}")),
 }
@@ -201,19 +209,18 @@ TABLES = {
     "long": (
         lambda: read_logs("long", "controls", "graphs", "names50", only=OBJECTIVES[:2]),
         "objective size model folder",
-        "objective | graph | model | runs | first hop right | forced: later nodes | "
-        "training loss | test loss | steps at most"
+        "objective | graph | model | training graphs | steps at most | runs | first hop right | "
+        "forced: later nodes | training loss | test loss"
     ),
     "loops": (
-        lambda: read_logs("default", "loops", "passes", only=["teacherless"]),
-        "model n_layer n_loop A_init max_iters",
-        "model | layers x passes | A_init | solved | paths right | hops 1, 2, ... | "
-        "examples until solved | steps at most"
+        lambda: read_logs("default", "loops", "passes", "controls", only=["teacherless"]),
+        "model n_layer n_loop other_flags",
+        "other flags | solved | paths right | hops 1, 2, ... | examples until solved"
     ),
     "names50": (
         lambda: read_logs("names50", only=OBJECTIVES[2:]),
-        "size model objective before lr max_iters",
-        "graph | objective | begins with | lr | steps at most | at step 0 | solved | paths right | "
+        "size objective before other_flags",
+        "graph | objective | begins with | other flags | at step 0 | solved | paths right | "
         "hops 1, 2, ... | examples until solved"
     ),
     "cures": (
@@ -228,6 +235,7 @@ def key(log, names):
     """What runs in one row have in common. The rows are sorted by it."""
     special = {
         "size": size(log), "objective": OBJECTIVES.index(log.objective),
+        "other_flags": log.other_flags,
         "folder": log.file.parent.name,
         "before": size(log.before) if log.before else (),
     }

@@ -56,10 +56,11 @@ def test_the_pages_are_those_of_the_logs(page):
 @pytest.mark.parametrize("name, row", [     # recomputed from the logs by other code
     ("default", "`python train.py --model mamba` | 0 of 5 | 0 of 5 | 49.7 % (46.0 - 54.2) | "
                 "99.8 % (98.4 - 100.0) | 1,200"),
-    ("long", "teacher-forced | G(2,5), 10 names | Transformer | 2 | 50.9 % (49.6 - 52.2) | "
-             "100.0 % (99.9 - 100.0) | 0.068 (0.049 - 0.087) | 0.220 (0.180 - 0.260) | "
-             "9,000 (8,500 - 9,500)"),
-    ("loops", "Mamba | 6 x 1 | 0.1 | 3 of 5 | 83.6 % (49.2 - 99.8) | 84, 100, 100 % | 42k | 3,000"),
+    ("long", "teacher-forced | G(2,5), 10 names | Transformer | 20,000 | 9,000 (8,500 - 9,500) | "
+             "2 | 50.9 % (49.6 - 52.2) | 100.0 % (99.9 - 100.0) | 0.068 (0.049 - 0.087) | "
+             "0.220 (0.180 - 0.260)"),
+    ("loops", "`--model mamba --n_layer 6 --n_loop 1 --max_iters 3000` | 3 of 5 | "
+              "83.6 % (49.2 - 99.8) | 84, 100, 100 % | 42k"),
     ("graphs", "G(10,5), 43 names |  | after G(5,5): 93.6; after G(7,5): 98.1, 99.4 |  | "),
     ("cures", "look ahead | 1 of 3 | 73.8 % (51.8 - 100.0) | 179k | 3 of 3 | 99.7 % (99.6 - 100.0) "
               "| 64k"),
