@@ -98,8 +98,8 @@ def print_result(result, names, args, star):
     own = "from $ alone" if args.teacherless else "from its own tokens"
     print_shares(own, result["node_accuracy"], result["accuracy"])
     if result["forced_accuracy"] is not None:
-        forced = result["forced_node_accuracy"], result["forced_accuracy"]
-        print_shares("from the true tokens", *forced)
+        of_nodes, of_paths = result["forced_node_accuracy"], result["forced_accuracy"]
+        print_shares("from the true tokens", of_nodes, of_paths)
     for i, each in enumerate(result["passes"], start=1):
         print_shares(f"after pass {i}", each["node_accuracy"], each["accuracy"])
     print(f"{result['real_arm']:.1%} of the answers walk a real arm, right or wrong")

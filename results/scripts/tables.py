@@ -61,11 +61,8 @@ class Log:
     @property
     def other_flags(self):
         """Those that name the model and change its settings."""
-        named_apart = (
-            "--teacherless", "--reverse", "--only_first_hop", "--deg", "--path_len", "--num_nodes",
-            "--seed", "--init_from", "--eval_interval"
-        )
-        return shlex.join(without(self.flags, *named_apart))
+        objective_and_graph = "--teacherless --reverse --deg --path_len --num_nodes".split()
+        return shlex.join(without(self.flags, *objective_and_graph, "--seed", "--init_from"))
 
     @property
     def model(self):
