@@ -67,49 +67,52 @@ def examples_of(log):
     return own + (examples_of(log.before) if log.before else 0)
 
 
+def kind_of(log):
+    """What a teacherless run is called in the legend, and how its mark looks, solved or not."""
+    kind, marker = log.model, "o"
+    color, color_after = (PURPLE, GREY) if log.model == "Transformer" else (GREEN, OCHRE)
+    if log.file.parent.name in ("loops", "passes"):
+        kind, marker = f"{kind}, other layers or passes", "s"
+    if log.before:
+        kind, marker, color = f"{kind}, after another run", "^", color_after
+    if log.config["reverse"]:
+        kind, marker = f"{kind}, goal first", "v"
+    return kind, dict(marker=marker, color=color, mfc="none", markersize=6, ls="")
+
+
 def draw_graphs():
     """The examples that teacherless models need, over the path's length and the number of arms.
 
     All runs on graphs of two arms or of five nodes are in it. Those with more than twice as many
-    names as nodes stand to the left of the others, below their numbers of names.
+    names as nodes stand to the left of the others, and are filled.
     """
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.9), layout="constrained")
-    kinds, columns = {}, {}
-    for log in read_logs("default", "loops", "passes", "controls", "graphs", "names50"):
-        deg, path_len, num_nodes = size(log)
-        if not log.config["teacherless"]:
-            continue
-        kind, marker = log.model, "o"
-        color, color_after = (PURPLE, GREY) if log.model == "Transformer" else (GREEN, OCHRE)
-        if log.file.parent.name in ("loops", "passes"):
-            kind, marker = f"{kind}, other layers or passes", "s"
-        if log.before:
-            kind, marker, color = f"{kind}, after another run", "^", color_after
-        if log.config["reverse"]:
-            kind, marker = f"{kind}, goal first", "v"
-        kinds[kind] = dict(marker=marker, color=color, mfc="none", markersize=6, ls="")
-        style = kinds[kind] if log.solved_line else kinds[kind] | {"marker": "x"}
-        shift = {GREEN: -0.15, PURPLE: 0.1}.get(color, 0)
-        many_names = num_nodes > 2 * (deg * (path_len - 1) + 1)
-        if many_names:
-            shift = -0.5
-        for ax, x, is_in in zip(axes, (path_len, deg), (deg == 2, path_len == 5)):
-            if is_in:
-                ax.plot(x + shift, examples_of(log), **style)
-            if is_in and many_names:
-                column = columns.setdefault((ax, x + shift), {})
-                column[examples_of(log)] = num_nodes
-    for (ax, x), column in columns.items():
-        names = ", ".join(map(str, sorted(set(column.values()))))
-        ax.annotate(names, (x, 1.15 * max(column)), ha="center", fontsize=8)
-    for ax, label in zip(axes, ("nodes of the path, two arms", "arms, five nodes")):
+    logs = read_logs("default", "loops", "passes", "controls", "graphs", "names50")
+    logs = [log for log in logs if log.config["teacherless"]]
+    kinds = {}
+    panels = ("path_len", "nodes of the path, two arms"), ("deg", "arms, five nodes")
+    for ax, (name, label) in zip(axes, panels):
+        fixed, value = ("deg", 2) if name == "path_len" else ("path_len", 5)
+        shown = [log for log in logs if log.config[fixed] == value]
+        values = sorted({log.config[name] for log in shown})
+        for log in shown:
+            kind, style = kind_of(log)
+            kinds[kind] = style
+            deg, path_len, num_nodes = size(log)
+            shift = 0.06 if log.model == "Mamba" else 0.26
+            cross = "x"
+            if num_nodes > 2 * (deg * (path_len - 1) + 1):
+                style, shift, cross = style | {"mfc": style["color"]}, shift - 0.32, "X"
+            if not log.solved_line:
+                style = style | {"marker": cross}
+            ax.plot(values.index(log.config[name]) + shift, examples_of(log), **style)
+        ax.set_xticks(range(len(values)), values)
         ax.set_xlabel(label)
-        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         ax.margins(x=0.1)
         ax.set_yscale("log")
         ax.set_ylim(1e4, 1e6)
         ax.set_yticks([1e4, 1e5, 1e6], ["10k", "100k", "1,000k"])
-    axes[0].set_ylabel("training examples until\nsolved (x: not solved)")
+    axes[0].set_ylabel("training examples until\nsolved (crosses: not solved)")
     for kind in sorted(kinds):
         axes[0].plot([], [], label=kind, **kinds[kind])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=2)
@@ -213,10 +216,15 @@ def main():
         "Mamba, goal first, 10 names": "graphs/mamba-teacherless-reverse-deg2-len5-seed0",
         "Mamba, goal first, 50 names": "names50/mamba-teacherless-reverse-seed0",
     }, "node_accuracy", free)
+    written = "right, from the model's\nown tokens"
     draw_nodes("short_plans", {
         "Mamba, teacher-forced, G(2,4)": "controls/mamba-teacher_forced-deg2-len4-seed0",
         "Mamba, teacher-forced, G(2,6)": "controls/mamba-teacher_forced-deg2-len6-seed0",
-    }, "node_accuracy", "right, from the model's\nown tokens")
+    }, "node_accuracy", written)
+    draw_nodes("escape", {
+        "Transformer, seed 1": "controls/gpt-teacher_forced-million-seed1",
+        "Transformer, seed 2": "controls/gpt-teacher_forced-million-seed2",
+    }, "node_accuracy", written)
     draw_graphs()
     draw_cures()
     draw_task()
