@@ -90,9 +90,11 @@ def draw_graphs():
     logs = read_logs("default", "loops", "passes", "controls", "graphs", "names50")
     logs = [log for log in logs if log.config["teacherless"]]
     kinds = {}
-    panels = ("path_len", "nodes of the path, two arms"), ("deg", "arms, five nodes")
-    for ax, (name, label) in zip(axes, panels):
-        fixed, value = ("deg", 2) if name == "path_len" else ("path_len", 5)
+    panels = [
+        ("path_len", "nodes of the path, two arms", "deg", 2),
+        ("deg", "arms, five nodes", "path_len", 5),
+    ]
+    for ax, (name, label, fixed, value) in zip(axes, panels):
         shown = [log for log in logs if log.config[fixed] == value]
         values = sorted({log.config[name] for log in shown})
         for log in shown:
